@@ -1,0 +1,49 @@
+# One command each; every target makes what it needs.
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV := .venv
+# The environment is made anew when what it is made from changes.
+STAMP := $(VENV)/.made-$(shell cat constraints.txt pyproject.toml | sha256sum | cut -c1-16)
+RUN := $(VENV)/bin/python
+export RAY_USAGE_STATS_ENABLED := 0
+export RAY_DEDUP_LOGS := 1
+export PYTHONPATH := $(CURDIR)
+
+.PHONY: demo test test-all lint pure gloo ray-tests benchmark clean
+
+demo: $(STAMP)
+	$(RUN) examples/resume_digits.py
+
+test: lint pure gloo ray-tests
+
+test-all: test
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+pure: $(STAMP)
+	$(RUN) -m pytest -q tests/pure tests/attacks tests/storage
+
+gloo: $(STAMP)
+	$(RUN) -m pytest -q tests/gloo
+
+ray-tests: $(STAMP)
+	$(RUN) -m pytest -q tests/ray
+
+benchmark: $(STAMP)
+	$(RUN) -m pip install -q -c constraints.txt accelerate
+	$(RUN) benchmarks/save_stall.py
+
+$(STAMP):
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install -q -c constraints.txt -e '.[test,lint]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,424 @@
+"""Checkpointer: the one object a training loop talks to."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
+from torch.utils.hooks import RemovableHandle
+
+from ray_accel_ckpt.errors import ConfigurationError
+from ray_accel_ckpt.image.reader import Snapshot
+from ray_accel_ckpt.image.staging import SlotPool
+from ray_accel_ckpt.policy import SavePolicy
+from ray_accel_ckpt.project import ProjectConfiguration
+from ray_accel_ckpt.runtime.prepare import ScaledOptimizer, prepare_model
+from ray_accel_ckpt.runtime.ray_run import training_device
+from ray_accel_ckpt.runtime.report import Metrics
+from ray_accel_ckpt.runtime.restore import Restored, Restorer
+from ray_accel_ckpt.runtime.session import Session
+from ray_accel_ckpt.runtime.sinks import Sink, sink_for
+from ray_accel_ckpt.state import rng
+from ray_accel_ckpt.state.bundle import Plan, StateBundle, require_stateful
+from ray_accel_ckpt.state.hooks import Hooks, LoadHook, SaveHook
+from ray_accel_ckpt.state.loader import PreparedLoader, SkippedLoader
+from ray_accel_ckpt.state.model import ModelPart
+from ray_accel_ckpt.state.parts import ProgressPart
+from ray_accel_ckpt.state.passes import EpochWatch
+
+logger = logging.getLogger(__name__)
+
+
+class Checkpointer:
+    """Saves all that a training loop is made of, and brings it back bit for bit.
+
+    Made inside `train_loop_per_worker`, or in a plain script or one under
+    `torchrun`. Every rank makes one and calls its methods in the same order.
+
+    Args:
+        save: when `step` saves, e.g. ``EverySteps(50)``. None: only `save_state` does.
+        project_config: where checkpoints go without Ray (Accelerate's
+            `ProjectConfiguration`). In a Ray Train run they go to the run's own
+            storage, and this must be left out.
+        scaler: a `torch.amp.GradScaler` for `backward` and the prepared
+            optimizers' `step` to use; it is saved too.
+        seed: what data orders and augmentation are drawn from. None: rank 0's
+            `torch.initial_seed()`, so `torch.manual_seed` before this decides.
+        slots: staging buffers on the host, each as large as this rank's share.
+            A save waits when none is free.
+        storage_timeout: seconds that throttling, resets and 5xx are retried
+            for, in the background, before the save fails.
+        ddp_kwargs: passed to `DistributedDataParallel`.
+
+    Raises:
+        ConfigurationError: an argument that cannot work.
+    """
+
+    def __init__(
+        self,
+        *,
+        save: SavePolicy | None = None,
+        project_config: ProjectConfiguration | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+        seed: int | None = None,
+        slots: int = 2,
+        storage_timeout: float = 600.0,
+        ddp_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        if save is not None and not callable(getattr(save, "due", None)):
+            raise ConfigurationError(
+                f"save= takes a policy, not {save!r}", remedy="pass EverySteps(50), say"
+            )
+        if not storage_timeout > 0:
+            raise ConfigurationError(
+                f"storage_timeout must be positive seconds, not {storage_timeout!r}"
+            )
+        self.scaler = scaler
+        self.resumed_from: str | None = None
+        self._policy = save
+        self._ddp_kwargs = dict(ddp_kwargs or {})
+        self._slots = SlotPool(slots)
+        self._session = Session(
+            project=project_config, seed=seed, timeout=storage_timeout, saves=save is not None
+        )
+        self._global_step = 0
+        self._epoch = 0
+        self._in_epochs = False
+        self._saved_at: tuple[int, int] | None = None
+        self._last_metrics: Metrics = None
+        self._window_open = False
+        self._hooks = Hooks()
+        self._bundle = StateBundle()
+        self._bundle.add(ProgressPart(self._progress, self._set_progress))
+        if scaler is not None:
+            self._bundle.add_object("scaler", scaler, kind="scaler")
+        self._watch = EpochWatch(lambda: self._bundle.of_type(PreparedLoader))
+
+    # --- where the loop stands ---------------------------------------------------------
+
+    @property
+    def global_step(self) -> int:
+        """Calls of `step` since the run's very first start."""
+        return self._global_step
+
+    @property
+    def epoch(self) -> int:
+        """The epoch under way; without `epochs`, the first prepared loader's."""
+        loaders = self._bundle.of_type(PreparedLoader)
+        if self._in_epochs or not loaders:
+            return self._epoch
+        cursor = loaders[0].cursor
+        return cursor.epoch + cursor.ended
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where prepared models and batches are."""
+        return training_device()
+
+    # --- setting up --------------------------------------------------------------------
+
+    def prepare(self, *objects: Any) -> Any:
+        """Make models, optimizers, loaders and schedulers part of the state.
+
+        Models move to this worker's device and are wrapped for data
+        parallelism, loaders become resumable and serve this worker's share,
+        optimizers go through the scaler if there is one. Anything else is
+        returned as it is. Collective when there are peers.
+
+        Returns:
+            The prepared objects in the order given; the object itself if it is one.
+        """
+        prepared = tuple(self._prepare_one(obj) for obj in objects)
+        return prepared[0] if len(prepared) == 1 else prepared
+
+    def register_for_checkpointing(
+        self, *objects: Any, per_rank: bool = False, **named: Any
+    ) -> None:
+        """Make anything with `state_dict` and `load_state_dict` part of the state.
+
+        Args:
+            objects: saved under the name of their class.
+            per_rank: each worker's state is its own. Otherwise rank 0's is saved
+                and comes back on every worker.
+            named: saved under the keyword, needed for two objects of one class.
+
+        Raises:
+            ConfigurationError: a `ValueError`, naming every object that lacks
+                one of the two methods, or a name that is taken.
+        """
+        require_stateful([*objects, *named.values()])
+        for name, obj in [*((None, obj) for obj in objects), *named.items()]:
+            self._bundle.add_object(name, obj, kind="object", per_rank=per_rank)
+
+    def register_save_state_pre_hook(self, hook: SaveHook) -> RemovableHandle:
+        """Call ``hook(models, weights, output_dir)`` on every rank before each save.
+
+        `weights` is a list of state dicts; what a hook takes out of one, or out
+        of the list, is not saved. Every rank must take out the same.
+        """
+        return self._hooks.add_save(hook)
+
+    def register_load_state_pre_hook(self, hook: LoadHook) -> RemovableHandle:
+        """Call ``hook(models, input_dir)`` on every rank before each load.
+
+        A model that a hook takes out of the list is left to the hook to load.
+        """
+        return self._hooks.add_load(hook)
+
+    def skip_first_batches(self, dataloader: Any, num_batches: int = 0) -> SkippedLoader:
+        """The loader without the first batches of its epoch, for one epoch.
+
+        Not needed to resume: prepared loaders go on by themselves. For
+        map-style data nothing that is skipped is read; iterable data is read
+        and dropped. A prepared loader counts from the beginning of its epoch.
+
+        Raises:
+            ConfigurationError: a negative number.
+        """
+        if num_batches < 0:
+            raise ConfigurationError(f"cannot skip {num_batches} batches")
+        return SkippedLoader(dataloader, num_batches)
+
+    # --- the loop ----------------------------------------------------------------------
+
+    def epochs(self, num_epochs: int) -> Iterator[int]:
+        """Count epochs, beginning with the one that was under way when the state was saved.
+
+        After the last one the end is saved, if saves are on, so that the run's
+        latest checkpoint is its result and a finished run started again ends at once.
+        """
+        self._in_epochs = True
+        while self._epoch < num_epochs:
+            self._watch.begin()
+            yield self._epoch
+            self._epoch += 1
+        # An epoch of its own, without data: what is saved now belongs to the end.
+        self._watch.begin()
+        if self._policy is not None and self._saved_at != self._position():
+            self._save(self._sink(), self._last_metrics)
+        self.flush()
+
+    def backward(self, loss: torch.Tensor, **kwargs: Any) -> None:
+        """``loss.backward(**kwargs)``, scaled if there is a scaler."""
+        scaled = self.scaler.scale(loss) if self.scaler is not None else loss
+        scaled.backward(**kwargs)  # type: ignore[no-untyped-call]
+
+    def step(self, metrics: Metrics = None) -> None:
+        """Count a step; save if one is due.
+
+        A save blocks for copying this rank's share, plus waiting for a slot if
+        all are still being written; the rest happens in the background.
+
+        Args:
+            metrics: a dict, or a function that returns one and is called only
+                when a save happens. numpy and torch scalars become numbers.
+
+        Raises:
+            UnsupportedStateError: a state that cannot be represented.
+            ConfigurationError: a metric that is no plain value.
+        """
+        self._global_step += 1
+        self._last_metrics = metrics
+        if self._policy is not None and self._policy.due(global_step=self._global_step):
+            self._save(self._sink(), metrics)
+
+    # --- saving and loading ------------------------------------------------------------
+
+    def save_state(
+        self, output_dir: str | os.PathLike[str] | None = None, *, metrics: Metrics = None
+    ) -> str:
+        """Save now. Every rank must call it.
+
+        In a Ray Train run without `output_dir`, the save is reported to Ray and
+        written in the background. Otherwise this returns when this rank's
+        share is durable; the checkpoint is whole when all ranks have returned.
+
+        Args:
+            output_dir: a new directory or a URI. None: the Ray run's storage, or
+                the next automatic name of the project.
+
+        Returns:
+            The checkpoint's path.
+
+        Raises:
+            CheckpointExistsError: another checkpoint is there. Nothing is overwritten.
+            StorageError: what storage refused.
+            ConfigurationError: there is nowhere to save to.
+        """
+        sink = self._sink(output_dir)
+        if sink is None:
+            raise ConfigurationError(
+                "there is nowhere to save to",
+                why="this is no Ray Train run with storage, and no directory was given",
+                remedy="save_state('some/dir'), or Checkpointer(project_config="
+                "ProjectConfiguration('dir', automatic_checkpoint_naming=True))",
+            )
+        path = self._save(sink, metrics)
+        self.flush()
+        return path
+
+    def load_state(
+        self,
+        input_dir: str | os.PathLike[str] | None = None,
+        *,
+        parts: tuple[str, ...] | None = None,
+        strict: bool = True,
+    ) -> bool:
+        """Bring back a state, all of it or none. Every rank must call it.
+
+        Call it last before the loop: the random streams are restored by it.
+
+        Args:
+            input_dir: a checkpoint, loaded or an error. None: the newest good one
+                of the Ray run or of the project; bad ones are passed over with
+                a warning.
+            parts: names for a partial start, e.g. ``("model",)``. Counters, data
+                position and random streams then start anew, unless named.
+            strict: False takes what fits and warns about the rest.
+
+        Returns:
+            True if a state was loaded, False if there is none yet.
+
+        Raises:
+            StateMismatchError: the checkpoint is of another state; nothing was changed.
+            NoUsableCheckpointError: there are checkpoints and none is good.
+            CheckpointError: what is wrong with `input_dir`.
+        """
+        self._session.agree()
+        only = None if parts is None else tuple(parts)
+        place = self._session.source(input_dir)
+        if place is None:
+            return False
+        filesystem, path = place
+        slot = self._slots.acquire()
+        try:
+            restorer = Restorer(
+                filesystem=filesystem,
+                group=self._session.group,
+                slot=slot,
+                device=self.device,
+                decide=lambda snapshot: self._plan(snapshot, only, strict),
+            )
+            restored = restorer.exactly(path) if input_dir else restorer.newest(path)
+        finally:
+            self._slots.release(slot)
+        if restored is None:
+            return False
+        self._after_load(restored, complete=only is None)
+        return True
+
+    def flush(self) -> None:
+        """Wait until everything saved without Ray is durable; Ray flushes at the end of its loop.
+
+        Raises:
+            StorageError: what a save in the background failed with.
+        """
+        self._session.writer.flush()
+
+    # --- inside ------------------------------------------------------------------------
+
+    def _prepare_one(self, obj: Any) -> Any:
+        self._session.agree()
+        group = self._session.group
+        if isinstance(obj, nn.Module):
+            model = prepare_model(
+                obj, self.device, world_size=group.world_size, ddp_kwargs=self._ddp_kwargs
+            )
+            model.register_forward_pre_hook(self._on_forward)
+            self._bundle.add_model(model)
+            return model
+        if isinstance(obj, Optimizer):
+            self._bundle.add_optimizer(obj)
+            obj.register_step_post_hook(lambda *_: self._on_optimizer_step())
+            if self.scaler is None:
+                return obj
+            return ScaledOptimizer(obj, self.scaler, self._on_optimizer_step)
+        if isinstance(obj, DataLoader):
+            loader = PreparedLoader(
+                obj,
+                name=self._bundle.next_loader_name(),
+                seed=self._session.seed,
+                rank=group.rank,
+                world_size=group.world_size,
+                device=self.device,
+            )
+            self._bundle.add(loader)
+            return loader
+        if isinstance(obj, LRScheduler):
+            self._bundle.add_scheduler(obj)
+        return obj
+
+    def _on_forward(self, module: nn.Module, args: Any) -> None:
+        if torch.is_grad_enabled():
+            self._window_open = True
+
+    def _on_optimizer_step(self) -> None:
+        self._window_open = False
+
+    def _position(self) -> tuple[int, int]:
+        """(step, epoch) as a save now would hold them."""
+        ended = self._in_epochs and self._watch.done()
+        return self._global_step, self.epoch + ended
+
+    def _progress(self) -> dict[str, int]:
+        step, epoch = self._position()
+        return {"global_step": step, "epoch": epoch, "seed": self._session.seed}
+
+    def _set_progress(self, *, global_step: int, epoch: int, seed: int) -> None:
+        self._global_step, self._epoch = global_step, epoch
+        self._session.seed = seed
+
+    def _sink(self, output_dir: str | os.PathLike[str] | None = None) -> Sink | None:
+        self._session.agree()
+        return sink_for(self._session, output_dir, step=self._global_step)
+
+    def _save(self, sink: Sink | None, metrics: Metrics) -> str:
+        if sink is None:
+            return ""
+        models = self._bundle.of_type(ModelPart)
+        captured = self._bundle.capture(
+            weights=self._hooks.weights(models, sink.path),
+            replayed=self._watch.replayed(),
+            with_gradients=self._window_open,
+        )
+        step, epoch = self._position()
+        sink.save(captured, self._slots, step=step, epoch=epoch, metrics=metrics)
+        self._saved_at = (step, epoch)
+        return sink.path
+
+    def _plan(self, snapshot: Snapshot, only: tuple[str, ...] | None, strict: bool) -> Plan:
+        rank = self._session.group.rank
+        skip = self._hooks.skipped(self._bundle.of_type(ModelPart), snapshot.where)
+        if rank >= snapshot.world_size:
+            skip |= snapshot.per_rank_parts()
+        return self._bundle.plan(
+            snapshot.parts(rank), only=only, skip=skip, strict=strict, where=snapshot.where
+        )
+
+    def _after_load(self, restored: Restored, *, complete: bool) -> None:
+        rank, stored = self._session.group.rank, restored.snapshot.world_size
+        if not complete:
+            return
+        self._window_open = "gradients" in restored.snapshot.manifests[0].parts
+        if not self._window_open:
+            self._bundle.gradients.clear()
+        if rank >= stored:
+            logger.warning(
+                "rank %d was not there when the checkpoint was saved (%d workers): its random "
+                "streams are new, derived from (seed, rank, attempt)",
+                rank,
+                stored,
+            )
+            session = self._session
+            rng.seed_all(rng.derived_seed(session.seed, rank, session.attempt))
+        self.resumed_from = restored.path
+        self._saved_at = self._position()
+        logger.info("resumed from %s at step %d", restored.path, self._global_step)

@@ -1,0 +1,1 @@
+"""HOW it lies in bytes: shards, manifests, slices. No Ray, no filesystem."""

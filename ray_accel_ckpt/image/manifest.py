@@ -1,0 +1,208 @@
+"""The manifest: what one rank wrote, how to prove it, and all that is no tensor.
+
+The file is one line of JSON whose first member proves the rest:
+
+    {"checksum":"<xxh3-128 of BODY>","body":BODY}
+
+BODY's bytes are hashed as they stand, so nothing depends on how JSON is spaced.
+What is read is validated strictly before any of it is believed: a manifest may
+come from anyone. See docs/format.md and docs/manifest.schema.json.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from itertools import pairwise
+from typing import Annotated, Any, Final, Literal
+
+import xxhash
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ray_accel_ckpt import errors
+from ray_accel_ckpt.image.dtypes import dtype_named
+from ray_accel_ckpt.state.part import Scope
+
+FORMAT: Final = "ray_accel_ckpt"
+VERSION: Final = 1
+BLOCK = 16 * 2**20
+"""Bytes that one checksum covers, at most."""
+MAX_NBYTES = 512 * 2**20
+"""Longest manifest that is read at all."""
+
+_PREFIX, _MIDDLE, _SUFFIX = b'{"checksum":"', b'","body":', b"}\n"
+_FILE = re.compile(r"^(shard|manifest)-(\d{5})-of-(\d{5})\.(safetensors|json)$")
+
+Count = Annotated[int, Field(ge=0, lt=2**62)]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+Name = Annotated[str, Field(min_length=1, max_length=4096)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class SliceInfo(_Strict):
+    """Rows of one tensor and the bytes [begin, end) of the shard that hold them."""
+
+    name: Name
+    scope: Literal["replicated", "rank_zero", "per_rank"]
+    dtype: str
+    shape: Annotated[list[Count], Field(max_length=64)]
+    offset: Count
+    length: Count
+    begin: Count
+    end: Count
+    blocks: list[Digest]
+
+
+class ShardInfo(_Strict):
+    """The shard beside this manifest."""
+
+    file: str
+    nbytes: Count
+    header_nbytes: Count
+    header_checksum: Digest
+
+
+class PartInfo(_Strict):
+    """One part's values: tagged JSON, see `state.tree`."""
+
+    kind: Name
+    per_rank: bool
+    omitted: list[str]
+    value: Any
+
+
+class Manifest(_Strict):
+    """One rank's record of one save."""
+
+    format: Literal["ray_accel_ckpt"]
+    version: Literal[1]
+    library: str
+    run: str
+    attempt: Annotated[str, Field(pattern=r"^[0-9a-f]{6,32}$")]
+    step: Count
+    epoch: Count
+    saved_at: float
+    world_size: Annotated[int, Field(ge=1, le=99_999)]
+    rank: Count
+    plan: Digest
+    shard: ShardInfo
+    slices: list[SliceInfo]
+    parts: dict[Name, PartInfo]
+
+
+def shard_name(rank: int, world_size: int) -> str:
+    return f"shard-{rank:05d}-of-{world_size:05d}.safetensors"
+
+
+def manifest_name(rank: int, world_size: int) -> str:
+    return f"manifest-{rank:05d}-of-{world_size:05d}.json"
+
+
+def parse_name(file: str) -> tuple[str, int, int] | None:
+    """(``"shard"`` or ``"manifest"``, rank, world size) of a file name of ours, else None."""
+    match = _FILE.match(file)
+    if match is None or (match[1] == "shard") != (match[4] == "safetensors"):
+        return None
+    return match[1], int(match[2]), int(match[3])
+
+
+def encode(manifest: Manifest) -> bytes:
+    """The bytes of the file."""
+    text = json.dumps(manifest.model_dump(mode="python"), separators=(",", ":"), allow_nan=False)
+    body = text.encode("ascii")
+    return _PREFIX + _digest(body).encode() + _MIDDLE + body + _SUFFIX
+
+
+def decode(data: bytes, where: str) -> Manifest:
+    """Check and read a manifest.
+
+    Args:
+        data: the bytes of the file.
+        where: its path, for errors.
+
+    Raises:
+        CorruptCheckpointError: any byte differs from what was written, or the
+            content is not a valid manifest.
+        FormatVersionError: it is of a newer format.
+    """
+    start = len(_PREFIX) + 32
+    body = data[start + len(_MIDDLE) : -len(_SUFFIX)]
+    framed = (
+        data.startswith(_PREFIX)
+        and data[start : start + len(_MIDDLE)] == _MIDDLE
+        and data.endswith(_SUFFIX)
+    )
+    if not framed:
+        raise _corrupt(where, "it does not begin and end as one: cut off, or not of this library")
+    if data[len(_PREFIX) : start] != _digest(body).encode():
+        raise _corrupt(where, "its checksum does not match its content")
+    try:
+        raw = json.loads(body, parse_constant=_no_constant)
+        if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+            raise _corrupt(where, "its content is not a manifest of this library")
+        version = raw.get("version")
+        if type(version) is int and version > VERSION:
+            raise errors.FormatVersionError(
+                f"the checkpoint has format version {version}; this library reads up to {VERSION}",
+                where=where,
+                remedy="upgrade ray_accel_ckpt to read it",
+            )
+        manifest = Manifest.model_validate(raw)
+    except (ValidationError, ValueError, RecursionError) as e:
+        raise _corrupt(where, f"{type(e).__name__}: {str(e)[:500]}") from e
+    _check(manifest, where)
+    return manifest
+
+
+def _check(manifest: Manifest, where: str) -> None:
+    """What a schema cannot say: that all byte ranges are true to each other."""
+    if manifest.rank >= manifest.world_size:
+        raise _corrupt(where, f"rank {manifest.rank} of {manifest.world_size} ranks")
+    if manifest.shard.file != shard_name(manifest.rank, manifest.world_size):
+        raise _corrupt(where, f"it names the shard {manifest.shard.file[:100]!r}")
+    if not 8 <= manifest.shard.header_nbytes <= manifest.shard.nbytes:
+        raise _corrupt(where, "the shard's header is longer than the shard")
+    for info in manifest.slices:
+        _check_slice(info, where)
+    names = [info.name for info in manifest.slices]
+    if len(set(names)) != len(names):
+        raise _corrupt(where, "a tensor is named twice")
+    ranges = sorted((info.begin, info.end) for info in manifest.slices if info.begin < info.end)
+    ends = [(0, manifest.shard.header_nbytes), *ranges, (manifest.shard.nbytes,) * 2]
+    if any(end != begin for (_, end), (begin, _) in pairwise(ends)):
+        raise _corrupt(where, "slices overlap, leave gaps, or reach beyond the shard")
+
+
+def _check_slice(info: SliceInfo, where: str) -> None:
+    dtype = dtype_named(info.dtype)
+    if dtype is None:
+        raise _corrupt(where, f"tensor {info.name[:200]!r} has the unknown dtype {info.dtype!r}")
+    rows = info.shape[0] if info.shape else 1
+    nbytes = info.length * math.prod(info.shape[1:]) * dtype.itemsize
+    if info.offset + info.length > rows or info.begin + nbytes != info.end:
+        raise _corrupt(where, f"tensor {info.name[:200]!r} does not have the bytes of its shape")
+    if Scope(info.scope) is not Scope.REPLICATED and info.length != rows:
+        raise _corrupt(where, f"tensor {info.name[:200]!r} is cut, but not replicated")
+    if len(info.blocks) != -(-nbytes // BLOCK):
+        raise _corrupt(where, f"tensor {info.name[:200]!r} has {len(info.blocks)} checksums")
+
+
+def _corrupt(where: str, why: str) -> errors.CorruptCheckpointError:
+    return errors.CorruptCheckpointError(
+        "a manifest cannot be believed",
+        where=where,
+        why=why,
+        remedy="load_state() without a directory passes it over; delete it if it is of no use",
+    )
+
+
+def _digest(body: bytes) -> str:
+    return xxhash.xxh3_128_hexdigest(body)
+
+
+def _no_constant(text: str) -> float:
+    raise ValueError(f"{text} is not JSON")

@@ -1,0 +1,56 @@
+"""Where a script without Ray keeps its checkpoints: Accelerate's `ProjectConfiguration`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from ray_accel_ckpt.errors import ConfigurationError
+
+
+@dataclass(frozen=True)
+class ProjectConfiguration:
+    """Names and meaning as in 🤗 Accelerate.
+
+    Attributes:
+        project_dir: directory or URI (`s3://...`) under which `checkpoints/` lies.
+        automatic_checkpoint_naming: `save_state()` without a directory writes
+            `<project_dir>/checkpoints/checkpoint_<n>`. Unlike Accelerate, `n`
+            goes on from what exists and nothing is ever overwritten.
+        total_limit: keep the newest so many. An old one is removed only after
+            the new one is whole, and only directories named `checkpoint_<n>`.
+        iteration: the least `n` to use.
+
+    Raises:
+        ConfigurationError: on a limit below 1, a negative iteration, or
+            automatic naming without a directory.
+    """
+
+    project_dir: str | os.PathLike[str] | None = None
+    automatic_checkpoint_naming: bool = False
+    total_limit: int | None = None
+    iteration: int = 0
+
+    def __post_init__(self) -> None:
+        if self.automatic_checkpoint_naming and self.project_dir is None:
+            raise ConfigurationError(
+                "automatic_checkpoint_naming needs a project_dir to put checkpoints under",
+                remedy="give one: ProjectConfiguration('runs/a', automatic_checkpoint_naming=True)",
+            )
+        if self.total_limit is not None and self.total_limit < 1:
+            raise ConfigurationError(
+                f"total_limit must be at least 1 or None, not {self.total_limit!r}",
+                remedy="use None to keep every checkpoint",
+            )
+        if self.iteration < 0:
+            raise ConfigurationError(
+                f"iteration must not be negative, but is {self.iteration!r}",
+                remedy="leave it out to go on from the checkpoints that exist",
+            )
+
+    @property
+    def checkpoints_dir(self) -> str | None:
+        """`<project_dir>/checkpoints` when naming is automatic, else None."""
+        if not self.automatic_checkpoint_naming or self.project_dir is None:
+            return None
+        return f"{os.fspath(self.project_dir).rstrip('/')}/checkpoints"

@@ -1,0 +1,78 @@
+"""The workers as a group: what few words they exchange, and never during a save.
+
+Spoken over `torch.distributed`'s default group, which a `TorchTrainer` or
+`torchrun` sets up; without one, a process is a group of its own. What travels is
+JSON in byte tensors: nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+class Group:
+    """This process among its peers. Every method but the properties is collective:
+    all ranks must call the same ones in the same order."""
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank() if _initialized() else 0
+
+    @property
+    def world_size(self) -> int:
+        return dist.get_world_size() if _initialized() else 1
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's `value` (JSON), by rank, on every rank. Blocks until all have called."""
+        if self.world_size == 1:
+            return [value]
+        data = json.dumps(value).encode()
+        lengths = [self._bytes(8) for _ in range(self.world_size)]
+        dist.all_gather(lengths, self._tensor(len(data).to_bytes(8, "little")))
+        sizes = [int.from_bytes(_raw(length), "little") for length in lengths]
+        padded = data.ljust(max(sizes), b" ")
+        gathered = [self._bytes(len(padded)) for _ in range(self.world_size)]
+        dist.all_gather(gathered, self._tensor(padded))
+        return [json.loads(_raw(each)[:size]) for each, size in zip(gathered, sizes, strict=True)]
+
+    def from_rank_zero(self, value: Any) -> Any:
+        """Rank 0's `value` (JSON) on every rank."""
+        return self.gather(value if self.rank == 0 else None)[0]
+
+    def broadcast(self, buffer: torch.Tensor, source: int) -> None:
+        """Fill `buffer` (uint8, on the host) on every rank with rank `source`'s bytes."""
+        if self.world_size == 1 or buffer.numel() == 0:
+            return
+        device = self._device()
+        if device.type == "cpu":
+            dist.broadcast(buffer, src=source)
+            return
+        on_device = buffer.to(device)
+        dist.broadcast(on_device, src=source)
+        if self.rank != source:
+            buffer.copy_(on_device)
+
+    def _device(self) -> torch.device:
+        """Where the group's backend wants its tensors: NCCL has no ears on the host."""
+        if "gloo" in str(dist.get_backend_config()):
+            return torch.device("cpu")
+        accelerator = torch.accelerator.current_accelerator()
+        return accelerator if accelerator is not None else torch.device("cpu")
+
+    def _bytes(self, nbytes: int) -> torch.Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device=self._device())
+
+    def _tensor(self, data: bytes) -> torch.Tensor:
+        return torch.frombuffer(bytearray(data), dtype=torch.uint8).to(self._device())
+
+
+def _initialized() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _raw(tensor: torch.Tensor) -> bytes:
+    return bytes(tensor.cpu().numpy())

@@ -1,0 +1,93 @@
+"""What `Checkpointer.prepare` makes of models and optimizers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+
+class PinnedDDP(DistributedDataParallel):
+    """`DistributedDataParallel` whose gradient buckets are the same in every life.
+
+    DDP reduces the first backward in buckets by declaration, then rebuilds them
+    in the order gradients became ready. Where in a bucket a gradient lies decides
+    in which order three or more workers add it up, so the first step after a
+    restart would round differently than the same step of a run that never
+    failed. Here the buckets are built once, in reverse declaration order (about
+    the order of readiness), before the first step, and stay.
+    """
+
+    def __init__(self, module: nn.Module, **kwargs: Any) -> None:
+        super().__init__(module, **kwargs)
+        self.reducer._push_all_rebuilt_params()
+        self.reducer._rebuild_buckets()
+
+    def _build_params_for_reducer(self) -> tuple[list[nn.Parameter], list[bool]]:
+        # Rebuilding lays buckets out in the order of this list.
+        parameters, sparse = super()._build_params_for_reducer()  # type: ignore[no-untyped-call]
+        return parameters[::-1], sparse[::-1]
+
+
+def prepare_model(
+    model: nn.Module, device: torch.device, *, world_size: int, ddp_kwargs: Mapping[str, Any]
+) -> nn.Module:
+    """Move to `device`; wrap for data parallelism if there are peers and something to train."""
+    if isinstance(model, DistributedDataParallel):
+        return model
+    model = model.to(device)
+    trains = any(p.requires_grad for p in model.parameters())
+    if world_size == 1 or not trains:
+        return model
+    devices = None if device.type == "cpu" else [device]
+    return PinnedDDP(model, **{"device_ids": devices, **ddp_kwargs})
+
+
+class ScaledOptimizer(Optimizer):
+    """An optimizer whose `step` goes through a `GradScaler`: unscale, skip on infinities, update.
+
+    As Accelerate's: with several optimizers on one scaler, each `step` updates it.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, scaler: torch.amp.GradScaler, stepped: Callable[[], None]
+    ) -> None:
+        # Not Optimizer.__init__: this is the given optimizer, seen through a scaler.
+        self.optimizer = optimizer
+        self.scaler = scaler
+        self._stepped = stepped
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["optimizer"], name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return dict(self.__dict__)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+    def __repr__(self) -> str:
+        return f"ScaledOptimizer({self.optimizer!r})"
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Step unless a gradient is infinite or NaN; update the scale either way."""
+        loss = self.scaler.step(self.optimizer, *([closure] if closure else []))
+        self.scaler.update()
+        self._stepped()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.optimizer.zero_grad(set_to_none=set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state_dict)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        self.optimizer.add_param_group(param_group)

@@ -1,0 +1,87 @@
+"""What this process is to Ray: a worker of a run with storage, a local one, or nothing."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ray_accel_ckpt.storage.filesystem import Filesystem, wrap
+
+
+@dataclass(frozen=True, kw_only=True)
+class RayRun:
+    """A Ray Train run as seen from one of its workers.
+
+    Attributes:
+        name: the run's name, equal over restarts.
+        path: the run's directory on `arrow`.
+        arrow: Ray's own filesystem object. Checkpoints are reported on this very
+            object: Ray compares filesystems, and one made anew need not be equal.
+    """
+
+    name: str
+    path: str
+    arrow: Any
+
+    @property
+    def filesystem(self) -> Filesystem:
+        return wrap(self.arrow)
+
+
+def current_run() -> RayRun | None:
+    """The run this process is a worker of; None outside Ray Train and in its local mode."""
+    context = _context()
+    if context is None:
+        return None
+    try:
+        storage = context.get_storage()
+    except NotImplementedError:
+        return None
+    return RayRun(
+        name=context.get_experiment_name(),
+        path=storage.experiment_fs_path.rstrip("/"),
+        arrow=storage.storage_filesystem,
+    )
+
+
+def ray_world_size() -> int:
+    """Workers of the run this process is in."""
+    return int(_context().get_world_size())
+
+
+def in_local_mode() -> bool:
+    """Inside Ray Train's `num_workers=0`, which has no storage."""
+    return _context() is not None and current_run() is None
+
+
+def training_device() -> torch.device:
+    """What Ray gave this worker; else the accelerator of this local rank; else the CPU."""
+    if _context() is not None:
+        import ray.train.torch
+
+        device: torch.device = ray.train.torch.get_device()
+        return device
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
+        return torch.device("cpu")
+    return torch.device(accelerator.type, _local_rank() % torch.accelerator.device_count())
+
+
+def _local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def _context() -> Any:
+    # Not imported: certainly no worker of it, and no reason to pay seconds for the import.
+    if "ray" not in sys.modules:
+        return None
+    import ray.train
+
+    try:
+        return ray.train.get_context()
+    except RuntimeError:
+        return None

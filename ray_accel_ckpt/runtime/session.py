@@ -1,0 +1,109 @@
+"""What the ranks agree on once: who they are, where checkpoints lie, seed and attempt."""
+
+from __future__ import annotations
+
+import os
+import secrets
+
+import torch
+
+from ray_accel_ckpt.errors import ConfigurationError
+from ray_accel_ckpt.project import ProjectConfiguration
+from ray_accel_ckpt.runtime.group import Group
+from ray_accel_ckpt.runtime.ray_run import RayRun, current_run, in_local_mode, ray_world_size
+from ray_accel_ckpt.storage.background import BackgroundWriter
+from ray_accel_ckpt.storage.filesystem import Filesystem, resolve
+from ray_accel_ckpt.storage.naming import AutomaticNames
+
+
+class Session:
+    """One life of one worker.
+
+    Attributes:
+        run: the Ray Train run, or None without storage of Ray's.
+        attempt: six hex digits drawn anew by each life of the group.
+        seed: of data orders and augmentation.
+        timeout: seconds that passing storage errors are retried for.
+
+    Raises:
+        ConfigurationError: saves are wanted and there is nowhere to put them, or
+            there are two places.
+    """
+
+    def __init__(
+        self,
+        *,
+        project: ProjectConfiguration | None,
+        seed: int | None,
+        timeout: float,
+        saves: bool,
+    ) -> None:
+        self.run: RayRun | None = current_run()
+        self.project = project or ProjectConfiguration()
+        self.group = Group()
+        self.timeout = timeout
+        self.writer = BackgroundWriter(timeout=timeout)
+        self.attempt = ""
+        self.seed = torch.initial_seed() if seed is None else seed
+        self.plan_checked = False
+        self.saves_at_step: dict[int, int] = {}
+        self._names: AutomaticNames | None = None
+        checkpoints = self.project.checkpoints_dir
+        if self.run is not None and checkpoints is not None:
+            raise ConfigurationError(
+                "automatic_checkpoint_naming has no place in a Ray Train run",
+                why="there, checkpoints go to the run's storage_path and Ray names them",
+                remedy="leave project_config out; num_to_keep of run_config limits their number",
+            )
+        if saves and self.run is None and checkpoints is None and not in_local_mode():
+            raise ConfigurationError(
+                "save= is given, but there is nowhere to save to",
+                why="this process is no worker of a Ray Train run",
+                remedy="pass project_config=ProjectConfiguration('dir', "
+                "automatic_checkpoint_naming=True)",
+            )
+
+    def agree(self) -> None:
+        """Take rank 0's attempt and seed. Collective the first time, nothing after that."""
+        if self.attempt:
+            return
+        if self.run is not None and ray_world_size() != self.group.world_size:
+            raise ConfigurationError(
+                f"Ray Train has {ray_world_size()} workers, torch.distributed knows "
+                f"{self.group.world_size}",
+                why="no process group was set up",
+                remedy="use TorchTrainer, which sets one up before the loop begins",
+            )
+        self.attempt, self.seed = self.group.from_rank_zero([secrets.token_hex(3), self.seed])
+
+    def source(self, input_dir: str | os.PathLike[str] | None) -> tuple[Filesystem, str] | None:
+        """Where `load_state` looks: a checkpoint if `input_dir` is given, else a run's directory.
+
+        Raises:
+            ConfigurationError: nothing is given outside Ray.
+        """
+        if input_dir is not None:
+            return resolve(input_dir)
+        if self.run is not None:
+            return self.run.filesystem, self.run.path
+        if self.project.checkpoints_dir is not None:
+            return resolve(self.project.checkpoints_dir)
+        if in_local_mode():
+            return None
+        raise ConfigurationError(
+            "load_state() has no directory to look in",
+            why="this process is no worker of a Ray Train run",
+            remedy="load_state('some/dir'), or give the Checkpointer a project_config with "
+            "automatic_checkpoint_naming=True",
+        )
+
+    def next_automatic(self) -> tuple[Filesystem, str] | None:
+        """The next automatic name, rank 0's on every rank; None without automatic naming."""
+        directory = self.project.checkpoints_dir
+        if directory is None:
+            return None
+        filesystem, path = resolve(directory)
+        if self._names is None:
+            self._names = AutomaticNames(filesystem, path, at_least=self.project.iteration)
+        taken = self._names.take() if self.group.rank == 0 else None
+        return filesystem, str(self.group.from_rank_zero(taken))

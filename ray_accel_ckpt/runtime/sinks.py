@@ -1,0 +1,206 @@
+"""A captured bundle on its way out: this rank's rows, frozen in a slot, handed to a writer.
+
+Two ways out, one path: to Ray, which uploads in its own thread and registers
+the checkpoint, or to a directory, by a thread of ours.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from typing import Protocol
+
+from ray_accel_ckpt.errors import StateMismatchError
+from ray_accel_ckpt.image import partition, shard
+from ray_accel_ckpt.image.image import Image, SaveInfo, parts_of
+from ray_accel_ckpt.image.staging import Slot, SlotPool
+from ray_accel_ckpt.runtime.ray_run import RayRun, in_local_mode
+from ray_accel_ckpt.runtime.report import Metrics, plain_metrics, report
+from ray_accel_ckpt.runtime.session import Session
+from ray_accel_ckpt.state.part import Captured
+from ray_accel_ckpt.storage.catalog import checkpoint_name
+from ray_accel_ckpt.storage.filesystem import Filesystem, resolve
+from ray_accel_ckpt.storage.naming import prune
+from ray_accel_ckpt.storage.writer import refuse_other_checkpoint
+from ray_accel_ckpt.version import __version__
+
+logger = logging.getLogger(__name__)
+
+
+class Sink(Protocol):
+    """Where one save goes."""
+
+    @property
+    def path(self) -> str: ...
+
+    def save(
+        self,
+        captured: Mapping[str, Captured],
+        slots: SlotPool,
+        *,
+        step: int,
+        epoch: int,
+        metrics: Metrics,
+    ) -> None:
+        """Freeze this rank's share and hand it on. When it returns, the state may change."""
+        ...
+
+
+def sink_for(
+    session: Session, output_dir: str | os.PathLike[str] | None, *, step: int
+) -> Sink | None:
+    """The way out for one save; None in Ray's local mode without a place to save to."""
+    serial = session.saves_at_step.get(step, 0)
+    session.saves_at_step = {step: serial + 1}
+    save_id = session.attempt + (f"{serial:02x}" if serial else "")
+    if output_dir is not None:
+        filesystem, path = resolve(output_dir)
+        return DirectorySink(session, filesystem, path, save_id, automatic=False)
+    if session.run is not None:
+        return RaySink(session, session.run, checkpoint_name(step, save_id), save_id)
+    place = session.next_automatic()
+    if place is not None:
+        return DirectorySink(session, *place, save_id, automatic=True)
+    if in_local_mode():
+        logger.warning(
+            "not saving: Ray Train's local mode (num_workers=0) has no storage; pass "
+            "project_config=ProjectConfiguration('dir', automatic_checkpoint_naming=True)"
+        )
+    return None
+
+
+class RaySink:
+    """To the Ray run's storage, reported as a checkpoint of the run."""
+
+    def __init__(self, session: Session, run: RayRun, name: str, save_id: str) -> None:
+        self._session, self._run, self._name, self._save_id = session, run, name, save_id
+        self.path = f"{run.path}/{name}"
+
+    def save(
+        self,
+        captured: Mapping[str, Captured],
+        slots: SlotPool,
+        *,
+        step: int,
+        epoch: int,
+        metrics: Metrics,
+    ) -> None:
+        plain = plain_metrics(metrics)
+        image, slot = freeze(
+            captured, slots, self._session, save_id=self._save_id, step=step, epoch=epoch
+        )
+        report(
+            self._run,
+            image,
+            directory_name=self._name,
+            metrics=plain,
+            timeout=self._session.timeout,
+            release=lambda: slots.release(slot),
+        )
+
+
+class DirectorySink:
+    """To a directory, by this process's own writer thread."""
+
+    def __init__(
+        self,
+        session: Session,
+        filesystem: Filesystem,
+        path: str,
+        save_id: str,
+        *,
+        automatic: bool,
+    ) -> None:
+        self._session, self._filesystem, self._save_id = session, filesystem, save_id
+        self._limit = session.project.total_limit if automatic else None
+        self.path = path
+
+    def save(
+        self,
+        captured: Mapping[str, Captured],
+        slots: SlotPool,
+        *,
+        step: int,
+        epoch: int,
+        metrics: Metrics,
+    ) -> None:
+        del metrics  # Ray's; a directory has nobody to report them to
+        session = self._session
+        refuse_other_checkpoint(
+            self._filesystem, self.path, attempt=self._save_id, step=step, timeout=session.timeout
+        )
+        image, slot = freeze(
+            captured, slots, session, save_id=self._save_id, step=step, epoch=epoch
+        )
+        session.writer.submit(
+            self._filesystem,
+            self.path,
+            image,
+            release=lambda: slots.release(slot),
+            after=self._prune,
+        )
+
+    def _prune(self) -> None:
+        """Whichever rank finishes last finds the checkpoint whole and removes the oldest."""
+        if self._limit is not None:
+            parent = self.path.rpartition("/")[0]
+            prune(self._filesystem, parent, keep=self._limit, newest=self.path)
+
+
+def freeze(
+    captured: Mapping[str, Captured],
+    slots: SlotPool,
+    session: Session,
+    *,
+    save_id: str,
+    step: int,
+    epoch: int,
+) -> tuple[Image, Slot]:
+    """Copy this rank's share into a free slot. When it returns, the state may change.
+
+    Asks no peer, but for the group's first save: there the digest of the plan
+    is compared once, before anything is copied.
+
+    Raises:
+        StateMismatchError: the workers' models differ.
+        UnsupportedStateError: a dtype the format does not have.
+    """
+    rank, world_size = session.group.rank, session.group.world_size
+    specs = partition.specs_of(captured)
+    plan = partition.plan_digest(specs, world_size=world_size)
+    _check_plan(session, plan)
+    layout = shard.plan(partition.share(specs, rank=rank, world_size=world_size))
+    info = SaveInfo(
+        run=session.run.name if session.run is not None else "",
+        attempt=save_id,
+        step=step,
+        epoch=epoch,
+        rank=rank,
+        world_size=world_size,
+        plan=plan,
+        library=__version__,
+    )
+    tensors = {name: t for part in captured.values() for name, t in part.tensors.items()}
+    slot = slots.acquire()
+    try:
+        data = slot.fill(layout, tensors)
+        parts = parts_of(captured, rank=rank)
+        return Image(info=info, layout=layout, data=data, parts=parts), slot
+    except BaseException:
+        slots.release(slot)
+        raise
+
+
+def _check_plan(session: Session, plan: str) -> None:
+    if session.plan_checked:
+        return
+    session.plan_checked = True
+    plans = session.group.gather(plan)
+    differing = [rank for rank, other in enumerate(plans) if other != plans[0]]
+    if differing:
+        raise StateMismatchError(
+            "the workers do not train the same model",
+            why=f"names, shapes or dtypes on rank {differing[0]} differ from rank 0's",
+            remedy="build the same model on every worker; register what differs with per_rank=True",
+        )

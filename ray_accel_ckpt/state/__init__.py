@@ -1,0 +1,1 @@
+"""WHAT is saved: plain torch objects as named, scoped parts. No Ray, no files."""

@@ -1,0 +1,139 @@
+"""The model: parameters, buffers, extra state, under any wrapper."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ray_accel_ckpt.state.part import Captured, Differences, SavedPart, Scope
+from ray_accel_ckpt.state.tree import Json, flatten
+
+_EXTRA_STATE = "_extra_state"
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's module inside `DistributedDataParallel` and `torch.compile` wrappers."""
+    while True:
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+class ModelPart:
+    """Names are those of the unwrapped module's `state_dict()`; copies go in place."""
+
+    kind = "model"
+
+    def __init__(self, name: str, model: nn.Module) -> None:
+        self.name = name
+        self.model = model
+        self.module = unwrap(model)
+
+    def weights(self) -> dict[str, Any]:
+        """The state dict that save hooks see and may take entries out of."""
+        return dict(self.module.state_dict())
+
+    def capture(self, weights: Mapping[str, Any] | None = None) -> Captured:
+        whole = self.weights()
+        state = whole if weights is None else dict(weights)
+        flat = flatten(state, self.name)
+        parameters = {
+            f"{self.name}/{n}" for n, _ in self.module.named_parameters(remove_duplicate=False)
+        }
+        local = {f"{self.name}/{n}" for n in self._ignored_by_ddp()}
+        scopes = {}
+        for name in flat.tensors:
+            if name in local:
+                scopes[name] = Scope.PER_RANK
+            elif name in parameters:
+                scopes[name] = Scope.REPLICATED
+            else:
+                scopes[name] = self._buffer_scope()
+        return Captured(
+            kind=self.kind,
+            per_rank=False,
+            value=flat.value,
+            tensors=flat.tensors,
+            scopes=scopes,
+            omitted=tuple(n for n in whole if n not in state),
+        )
+
+    def compare(self, saved: SavedPart, differences: Differences) -> None:
+        live, stored = self.module.state_dict(), _entries(saved, self.name)
+        differences.missing += [
+            f"{self.name}/{n}" for n in live if n not in stored and n not in saved.omitted
+        ]
+        differences.unexpected += [f"{self.name}/{n}" for n in stored if n not in live]
+        for name, tensor in live.items():
+            ref = stored.get(name)
+            if not isinstance(tensor, torch.Tensor) or ref is None:
+                continue
+            spec = saved.tensors.get(ref)
+            if spec is None or (spec.dtype, spec.shape) != (tensor.dtype, tuple(tensor.shape)):
+                has = "no tensor" if spec is None else f"{spec.dtype} {list(spec.shape)}"
+                differences.differing.append(
+                    f"{self.name}/{name} (checkpoint: {has}, "
+                    f"model: {tensor.dtype} {list(tensor.shape)})"
+                )
+
+    def targets(self, saved: SavedPart) -> Mapping[str, torch.Tensor]:
+        stored = _entries(saved, self.name)
+        targets = {}
+        for name, tensor in self.module.state_dict().items():
+            ref = stored.get(name)
+            if not isinstance(tensor, torch.Tensor) or ref is None:
+                continue
+            spec = saved.tensors.get(ref)
+            if spec is not None and (spec.dtype, spec.shape) == (tensor.dtype, tuple(tensor.shape)):
+                targets[ref] = tensor
+        return targets
+
+    def apply(self, state: Any) -> None:
+        live = self.module.state_dict()
+        with torch.no_grad():
+            for name, saved in state.items():
+                if name.endswith(_EXTRA_STATE):
+                    owner = name.removesuffix(_EXTRA_STATE).rstrip(".")
+                    self.module.get_submodule(owner).set_extra_state(saved)
+                    continue
+                # Tied weights are stored once: the names beside the target are filled from it
+                # unless they are the very same memory.
+                target: Any = live.get(name)
+                fits = isinstance(target, torch.Tensor) and target.shape == saved.shape
+                if fits and target.dtype == saved.dtype and target.data_ptr() != saved.data_ptr():
+                    target.copy_(saved)
+
+    def _ignored_by_ddp(self) -> set[str]:
+        ignored = getattr(self.module, "_ddp_params_and_buffers_to_ignore", ())
+        return set(ignored) if isinstance(self.model, DistributedDataParallel) else set()
+
+    def _buffer_scope(self) -> Scope:
+        """DDP hands rank 0's buffers out at the next forward, unless it was told not to
+        or stands inside an accumulation window (`no_sync`), where no forward syncs them."""
+        wrapped = self.model
+        if isinstance(getattr(wrapped, "_orig_mod", None), nn.Module):
+            wrapped = wrapped._orig_mod  # type: ignore[assignment]
+        if not isinstance(wrapped, DistributedDataParallel):
+            return Scope.RANK_ZERO
+        handed_out = wrapped.broadcast_buffers and wrapped.require_forward_param_sync
+        return Scope.RANK_ZERO if handed_out else Scope.PER_RANK
+
+
+def _entries(saved: SavedPart, part: str) -> dict[str, str]:
+    """Names of the stored state dict, each with the tensor that holds it ("" for extra state)."""
+    value = saved.value
+    if isinstance(value, dict) and "pairs" in value:
+        return {k: _ref(v) for k, v in value["pairs"] if isinstance(k, str)}
+    return {k: _ref(v) for k, v in value.items()} if isinstance(value, dict) else {}
+
+
+def _ref(value: Json) -> str:
+    is_tensor = isinstance(value, dict) and value.get("!") == "tensor"
+    return str(value["name"]) if is_tensor else ""

@@ -1,0 +1,129 @@
+"""Optimizers: state keyed by parameter name, so that order and grouping may change.
+
+`Optimizer.state_dict()` numbers parameters by position. DCP's helper names
+them, but steps an optimizer that has no state yet, which leaves Adam's `step`
+one too high for ever. Here the positions are translated and nothing is run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from ray_accel_ckpt.errors import CorruptCheckpointError
+from ray_accel_ckpt.state.part import Captured, Differences, SavedPart, Scope, captured_tree
+from ray_accel_ckpt.state.tree import Json
+
+Index = Callable[[], Mapping[int, str]]
+
+
+class OptimizerPart:
+    """Saved as ``{"state": {parameter: {...}}, "groups": [{"params": [...], ...}]}``."""
+
+    kind = "optimizer"
+
+    def __init__(self, name: str, optimizer: Optimizer, index: Index) -> None:
+        self.name = name
+        self.optimizer = optimizer
+        self._index = index
+
+    def capture(self) -> Captured:
+        names = self._names()
+        positional = self.optimizer.state_dict()
+        tree = {
+            "state": {
+                names[key] if isinstance(key, int) else key: value
+                for key, value in positional["state"].items()
+            },
+            "groups": [
+                {**group, "params": [names[i] for i in group["params"]]}
+                for group in positional["param_groups"]
+            ],
+        }
+        extra = {k: v for k, v in positional.items() if k not in ("state", "param_groups")}
+        if extra:
+            tree["extra"] = extra
+        return captured_tree(tree, name=self.name, kind=self.kind, scope=Scope.REPLICATED)
+
+    def compare(self, saved: SavedPart, differences: Differences) -> None:
+        shapes = dict(zip(self._names(), (tuple(p.shape) for p in self._parameters()), strict=True))
+        stored = [name for group in _groups(saved.value) for name in group]
+        differences.missing += [f"{self.name}/{n}" for n in shapes if n not in set(stored)]
+        differences.unexpected += [f"{self.name}/{n}" for n in stored if n not in shapes]
+        live_groups = len(self.optimizer.param_groups)
+        if len(_groups(saved.value)) != live_groups:
+            differences.differing.append(
+                f"{self.name} (checkpoint: {len(_groups(saved.value))} parameter groups, "
+                f"optimizer: {live_groups})"
+            )
+
+    def targets(self, saved: SavedPart) -> Mapping[str, torch.Tensor]:
+        return {}
+
+    def apply(self, state: Any) -> None:
+        names = self._names()
+        groups = _regrouped(state["groups"], self._group_names())
+        position = {name: i for i, name in enumerate(names)}
+        positional = {
+            "state": {position.get(key, key): each for key, each in state["state"].items()},
+            "param_groups": [
+                {**group, "params": [position[n] for n in group["params"]]} for group in groups
+            ],
+            **state.get("extra", {}),
+        }
+        self.optimizer.load_state_dict(positional)
+        self._undo_casts(state["state"], names)
+
+    def _undo_casts(self, saved: Mapping[str, Any], names: list[str]) -> None:
+        """`load_state_dict` casts state to the parameter's dtype: fp32 moments of a bf16
+        parameter would be rounded. What was saved in another dtype goes back as it was."""
+        for name, parameter in zip(names, self._parameters(), strict=True):
+            live = self.optimizer.state.get(parameter, {})
+            for key, value in saved.get(name, {}).items():
+                now = live.get(key)
+                both = isinstance(value, torch.Tensor) and isinstance(now, torch.Tensor)
+                if both and now.dtype != value.dtype:
+                    live[key] = value.to(now.device)
+
+    def _parameters(self) -> list[torch.nn.Parameter]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def _group_names(self) -> list[list[str]]:
+        names = iter(self._names())
+        return [[next(names) for _ in group["params"]] for group in self.optimizer.param_groups]
+
+    def _names(self) -> list[str]:
+        """One name a parameter, in position order; unnamed ones go by group and place."""
+        index = self._index()
+        return [
+            index.get(id(p), f"group.{g}.{i}")
+            for g, group in enumerate(self.optimizer.param_groups)
+            for i, p in enumerate(group["params"])
+        ]
+
+
+def _groups(value: Json) -> list[list[str]]:
+    try:
+        return [[str(n) for n in group["params"]] for group in value["groups"]]
+    except (KeyError, TypeError) as e:
+        raise CorruptCheckpointError(
+            "an optimizer's manifest entry has no parameter groups",
+            why=f"{type(e).__name__}: {e}",
+            remedy="use another checkpoint",
+        ) from e
+
+
+def _regrouped(groups: list[dict[str, Any]], live: list[list[str]]) -> list[dict[str, Any]]:
+    """The saved groups in the live order, parameters in the live order within each.
+
+    Groups are matched by their parameters. Where these were redistributed among
+    as many groups, the group in the same place gives the hyperparameters.
+    """
+    by_members = {frozenset(group["params"]): group for group in groups}
+    return [
+        {**by_members.get(frozenset(names), groups[i]), "params": names}
+        for i, names in enumerate(live)
+    ]

@@ -1,0 +1,136 @@
+"""One adapter for each kind of object that is neither a model, an optimizer nor a loader."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+
+from ray_accel_ckpt.state import rng
+from ray_accel_ckpt.state.part import Captured, Differences, SavedPart, Scope, captured_tree
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """Anything that can be registered: schedulers, scalers, averages, metrics, samplers."""
+
+    def state_dict(self) -> Any: ...
+
+    def load_state_dict(self, state_dict: Any) -> Any: ...
+
+
+class _Plain:
+    """Parts that bring nothing to compare and copy nothing in place."""
+
+    def compare(self, saved: SavedPart, differences: Differences) -> None:
+        del saved, differences
+
+    def targets(self, saved: SavedPart) -> Mapping[str, torch.Tensor]:
+        del saved
+        return {}
+
+
+class ObjectPart(_Plain):
+    """An object with `state_dict` and `load_state_dict`.
+
+    Args:
+        per_rank: each worker's state is its own; otherwise rank 0's is the truth.
+    """
+
+    def __init__(self, name: str, obj: Stateful, *, kind: str, per_rank: bool = False) -> None:
+        self.name = name
+        self.kind = kind
+        self.object = obj
+        self._per_rank = per_rank
+
+    def capture(self) -> Captured:
+        return captured_tree(
+            self.object.state_dict(),
+            name=self.name,
+            kind=self.kind,
+            scope=Scope.PER_RANK if self._per_rank else Scope.RANK_ZERO,
+            per_rank=self._per_rank,
+        )
+
+    def compare(self, saved: SavedPart, differences: Differences) -> None:
+        """A registered module is compared like a model; of other objects only they know."""
+        if not isinstance(self.object, torch.nn.Module):
+            return
+        live = self.object.state_dict()
+        stored = saved.value if isinstance(saved.value, dict) else {}
+        stored = dict(stored["pairs"]) if "pairs" in stored else stored
+        differences.missing += [f"{self.name}/{n}" for n in live if n not in stored]
+        differences.unexpected += [f"{self.name}/{n}" for n in stored if n not in live]
+        for name, tensor in live.items():
+            spec = saved.tensors.get(stored[name].get("name", "")) if name in stored else None
+            if spec and (spec.dtype, spec.shape) != (tensor.dtype, tuple(tensor.shape)):
+                differences.differing.append(
+                    f"{self.name}/{name} (checkpoint: {spec.dtype} {list(spec.shape)}, "
+                    f"registered: {tensor.dtype} {list(tensor.shape)})"
+                )
+
+    def apply(self, state: Any) -> None:
+        self.object.load_state_dict(state)
+
+
+class GradientPart(_Plain):
+    """Gradients of an accumulation window that a save falls into; per rank, as DDP leaves them."""
+
+    kind = "gradients"
+    name = "gradients"
+
+    def __init__(self, named: Callable[[], Iterable[tuple[str, torch.nn.Parameter]]]) -> None:
+        self._named = named
+
+    def capture(self) -> Captured:
+        gradients = {n: p.grad for n, p in self._named() if p.grad is not None}
+        return captured_tree(
+            gradients, name=self.name, kind=self.kind, scope=Scope.PER_RANK, per_rank=True
+        )
+
+    def apply(self, state: Any) -> None:
+        for name, parameter in self._named():
+            saved = state.get(name)
+            parameter.grad = None if saved is None else saved.to(parameter.device)
+
+    def clear(self) -> None:
+        """As after `zero_grad`: what a checkpoint outside any window stands for."""
+        for _, parameter in self._named():
+            parameter.grad = None
+
+
+class RngPart(_Plain):
+    """This worker's random streams. Restored last of all.
+
+    A rank that the checkpoint does not know gets streams derived from (seed,
+    rank, attempt), so that no two workers ever share one.
+    """
+
+    kind = "rng"
+    name = "rng"
+
+    def capture(self) -> Captured:
+        return captured_tree(
+            rng.capture(), name=self.name, kind=self.kind, scope=Scope.PER_RANK, per_rank=True
+        )
+
+    def apply(self, state: Any) -> None:
+        rng.restore(state)
+
+
+class ProgressPart(_Plain):
+    """Counters of the loop: `global_step`, `epoch`, the seed."""
+
+    kind = "progress"
+    name = "progress"
+
+    def __init__(self, read: Callable[[], dict[str, int]], write: Callable[..., None]) -> None:
+        self._read = read
+        self._write = write
+
+    def capture(self) -> Captured:
+        return captured_tree(self._read(), name=self.name, kind=self.kind, scope=Scope.RANK_ZERO)
+
+    def apply(self, state: Any) -> None:
+        self._write(**state)

@@ -1,0 +1,49 @@
+"""Where a save falls among the passes over the data of one epoch.
+
+A loop body may iterate several loaders: one after the other, or one inside
+another (evaluation every so many steps). What a resumed run must do with a
+loader whose pass has ended depends on which it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from ray_accel_ckpt.state.loader import PreparedLoader, next_tick
+
+
+class EpochWatch:
+    """Watches the loaders of the epoch under way."""
+
+    def __init__(self, loaders: Callable[[], Iterable[PreparedLoader]]) -> None:
+        self._loaders = loaders
+        self._began = 0
+
+    def begin(self) -> None:
+        """An epoch begins."""
+        self._began = next_tick()
+
+    def done(self) -> bool:
+        """The data of this epoch is gone through: a save now belongs to the next epoch.
+
+        The last batch's own `step` is still inside the pass, so that what the
+        loop does between its last batch and the next epoch is done on resuming.
+        """
+        loaders = list(self._loaders())
+        ended = any(loader.ended_since(self._began) for loader in loaders)
+        return ended and not any(loader.in_flight for loader in loaders)
+
+    def replayed(self) -> list[str]:
+        """Loaders that a run resumed into this epoch must find empty.
+
+        Those that ended in this epoch before the one under way began. One that
+        ended inside the pass under way will be begun anew from there.
+        """
+        if self.done():
+            return []
+        loaders = list(self._loaders())
+        return [
+            loader.name
+            for loader in loaders
+            if loader.ended_since(self._began) and not any(o.around(loader) for o in loaders)
+        ]

@@ -1,0 +1,93 @@
+"""Random number streams: python, numpy, torch CPU and every accelerator of this worker.
+
+Captured without drawing from any of them, restored last of all: anything that
+runs between restoring and the next batch (building an iterator, moving a
+model) may draw, and would shift the stream.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+
+
+def capture() -> dict[str, Any]:
+    """All streams of this process, as plain values and host tensors.
+
+    Accelerator states are read from the generators, so no device that this
+    process has not used gets a context.
+    """
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(legacy=False),
+        "torch": torch.default_generator.get_state(),
+        "accelerator": [g.get_state() for g in _accelerator_generators()],
+    }
+
+
+def restore(state: dict[str, Any]) -> None:
+    """Set every stream to what `capture` returned.
+
+    A device that exists now and did not then keeps its stream; one that is
+    gone takes its stream with it.
+    """
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.default_generator.set_state(state["torch"])
+    for generator, saved in zip(_accelerator_generators(), state["accelerator"], strict=False):
+        generator.set_state(saved)
+
+
+def derived_seed(*parts: object) -> int:
+    """64 bits that depend on all of `parts` (xxh3-64 of their text), the same on every machine."""
+    return xxhash.xxh3_64_intdigest(":".join(map(str, parts)).encode())
+
+
+def seed_host(seed: int) -> None:
+    """Seed python, numpy and torch CPU. Accelerator streams are left alone."""
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    torch.default_generator.manual_seed(seed)
+
+
+def seed_all(seed: int) -> None:
+    """Seed every stream of this process, each accelerator with a seed of its own."""
+    seed_host(seed)
+    for i, generator in enumerate(_accelerator_generators()):
+        generator.manual_seed(derived_seed(seed, "accelerator", i))
+
+
+@contextlib.contextmanager
+def untouched() -> Iterator[None]:
+    """Whatever is drawn inside, the host streams are afterwards as they were before."""
+    python, numpy, host = (
+        random.getstate(),
+        np.random.get_state(legacy=False),
+        torch.default_generator.get_state(),
+    )
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.default_generator.set_state(host)
+
+
+def _accelerator_generators() -> tuple[torch.Generator, ...]:
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
+        return ()
+    module = torch.get_device_module(accelerator)
+    if hasattr(module, "init"):
+        module.init()
+    generators = getattr(module, "default_generators", None)
+    if generators is None:
+        default = getattr(module, "default_generator", None)
+        generators = () if default is None else (default,)
+    return tuple(generators)

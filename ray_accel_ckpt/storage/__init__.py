@@ -1,0 +1,1 @@
+"""WHERE the bytes go: filesystems, writing, finding checkpoints. No Ray."""

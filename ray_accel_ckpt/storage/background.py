@@ -1,0 +1,65 @@
+"""Saving without Ray: one thread that writes images to a directory, in order."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from ray_accel_ckpt.image.image import Image
+from ray_accel_ckpt.storage.filesystem import Filesystem
+from ray_accel_ckpt.storage.writer import write_image
+
+
+class BackgroundWriter:
+    """Writes one image after the other. An error is kept and raised by the next call."""
+
+    def __init__(self, *, timeout: float) -> None:
+        self._timeout = timeout
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ray_accel_ckpt-writer")
+        self._pending: list[Future[None]] = []
+        self._lock = threading.Lock()
+
+    def submit(
+        self,
+        filesystem: Filesystem,
+        directory: str,
+        image: Image,
+        *,
+        release: Callable[[], None],
+        after: Callable[[], None],
+    ) -> None:
+        """Write in the background.
+
+        Args:
+            release: called when the image's memory is free again, on success or not.
+            after: called when the image is durable.
+
+        Raises:
+            StorageError: what an earlier write failed with.
+        """
+        self._raise_earlier()
+
+        def write() -> None:
+            try:
+                write_image(filesystem, directory, image, timeout=self._timeout)
+            finally:
+                release()
+            after()
+
+        with self._lock:
+            self._pending.append(self._pool.submit(write))
+
+    def flush(self) -> None:
+        """Wait until everything submitted is durable. Raises what a write failed with."""
+        with self._lock:
+            pending, self._pending = self._pending, []
+        for future in pending:
+            future.result()
+
+    def _raise_earlier(self) -> None:
+        with self._lock:
+            done = [f for f in self._pending if f.done()]
+            self._pending = [f for f in self._pending if not f.done()]
+        for future in done:
+            future.result()

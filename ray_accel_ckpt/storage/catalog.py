@@ -1,0 +1,200 @@
+"""The checkpoints of a run: named, listed, opened, chosen.
+
+A directory is a checkpoint when the manifests of all its ranks are there, agree,
+and each shard has the stated length. Everything else in a run's directory, a
+user's own folders included, is none of our business and is left alone.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import xxhash
+
+from ray_accel_ckpt.errors import CorruptCheckpointError, NotACheckpointError
+from ray_accel_ckpt.image import manifest as manifests
+from ray_accel_ckpt.image.manifest import Manifest, manifest_name, shard_name
+from ray_accel_ckpt.image.reader import Snapshot
+from ray_accel_ckpt.storage.filesystem import Filesystem
+from ray_accel_ckpt.storage.retry import retried
+
+READ_TIMEOUT = 120.0
+"""Seconds that passing errors are retried for while reading."""
+
+_NAME = re.compile(r"^checkpoint_(\d+)(?:_([0-9a-f]+))?$")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A directory that may be a checkpoint, by its name alone.
+
+    Attributes:
+        number: the step of a checkpoint in a run, the `n` of an automatic name.
+    """
+
+    path: str
+    number: int
+
+    @property
+    def name(self) -> str:
+        return self.path.rpartition("/")[2]
+
+
+def checkpoint_name(step: int, attempt: str) -> str:
+    """Unique to step *and* attempt: a directory reported twice would be merged, then deleted."""
+    return f"checkpoint_{step:08d}_{attempt}"
+
+
+def candidates(
+    filesystem: Filesystem, directory: str, *, timeout: float = READ_TIMEOUT
+) -> list[Candidate]:
+    """Directories under `directory` named like checkpoints, the highest number first."""
+    entries = retried(
+        lambda: filesystem.list(directory), what="list", where=directory, timeout=timeout
+    )
+    found = []
+    for entry in entries:
+        match = _NAME.match(entry.name)
+        if match is not None and entry.nbytes is None:
+            found.append(Candidate(path=f"{directory}/{entry.name}", number=int(match[1])))
+    return sorted(found, key=lambda c: (c.number, c.name), reverse=True)
+
+
+def open_snapshot(filesystem: Filesystem, path: str, *, timeout: float = READ_TIMEOUT) -> Snapshot:
+    """Read all manifests of the checkpoint at `path` and check it for wholeness.
+
+    The shards' lengths are compared, their bytes are not yet proved.
+
+    Raises:
+        NotACheckpointError: nothing of ours is there, or not all of one save.
+        CorruptCheckpointError: a manifest is damaged, a shard missing or cut off.
+        FormatVersionError: it is of a newer format.
+        StorageError: it could not be read.
+    """
+    entries = retried(lambda: filesystem.list(path), what="list", where=path, timeout=timeout)
+    sizes = {entry.name: entry.nbytes for entry in entries}
+    world_size = _world_size(sizes, path)
+    missing = [r for r in range(world_size) if manifest_name(r, world_size) not in sizes]
+    if missing:
+        raise NotACheckpointError(
+            f"the checkpoint is not whole: {len(missing)} of {world_size} manifests are missing",
+            where=f"{path}/{manifest_name(missing[0], world_size)}",
+            why="the save was cut off, or the file was removed",
+            remedy="use another checkpoint",
+        )
+    found = []
+    for rank in range(world_size):
+        name = manifest_name(rank, world_size)
+        manifest = read_manifest(filesystem, f"{path}/{name}", sizes[name], timeout=timeout)
+        shard = shard_name(rank, world_size)
+        if (manifest.rank, manifest.world_size) != (rank, world_size):
+            raise CorruptCheckpointError(
+                "a manifest lies under another rank's name",
+                where=f"{path}/{name}",
+                why=f"it is rank {manifest.rank}'s of {manifest.world_size}",
+                remedy="use another checkpoint",
+            )
+        if sizes.get(shard) != manifest.shard.nbytes:
+            has = f"has {sizes[shard]} bytes" if shard in sizes else "is missing"
+            raise CorruptCheckpointError(
+                "a shard is not there in full",
+                where=f"{path}/{shard}",
+                why=f"it {has}; its manifest states {manifest.shard.nbytes}",
+                remedy="use another checkpoint",
+            )
+        found.append(manifest)
+    return Snapshot(found, path)
+
+
+def read_manifest(
+    filesystem: Filesystem, path: str, nbytes: int | None, *, timeout: float = READ_TIMEOUT
+) -> Manifest:
+    """Read and validate one manifest of `nbytes`, as listed.
+
+    See `image.manifest.decode` for what it raises.
+    """
+    if nbytes is None or nbytes > manifests.MAX_NBYTES:
+        raise CorruptCheckpointError(
+            "a manifest is too long to be one" if nbytes else "a manifest is a directory",
+            where=path,
+            why=f"it has {nbytes} bytes, the limit is {manifests.MAX_NBYTES}",
+            remedy="use another checkpoint",
+        )
+    data = bytearray(nbytes)
+    try:
+        retried(
+            lambda: filesystem.read_into(path, 0, memoryview(data)),
+            what="read a manifest",
+            where=path,
+            timeout=timeout,
+        )
+    except (FileNotFoundError, EOFError) as e:
+        raise NotACheckpointError(
+            "a manifest is gone", where=path, why=str(e), remedy="use another checkpoint"
+        ) from e
+    return manifests.decode(bytes(data), path)
+
+
+class ShardFetch:
+    """Reads ranges of a checkpoint's shards; the `Fetch` of `image.reader`."""
+
+    def __init__(
+        self, filesystem: Filesystem, snapshot: Snapshot, *, timeout: float = READ_TIMEOUT
+    ) -> None:
+        self._filesystem = filesystem
+        self._snapshot = snapshot
+        self._timeout = timeout
+
+    def path(self, rank: int) -> str:
+        return f"{self._snapshot.where}/{shard_name(rank, self._snapshot.world_size)}"
+
+    def __call__(self, rank: int, offset: int, into: memoryview) -> None:
+        path = self.path(rank)
+        try:
+            retried(
+                lambda: self._filesystem.read_into(path, offset, into),
+                what="read a shard",
+                where=path,
+                timeout=self._timeout,
+            )
+        except (FileNotFoundError, EOFError) as e:
+            raise CorruptCheckpointError(
+                "a shard is not there in full",
+                where=path,
+                why=str(e),
+                remedy="use another checkpoint",
+            ) from e
+
+    def verify_header(self, rank: int) -> None:
+        """Prove the shard's own header, which other tools read it by."""
+        shard = self._snapshot.manifests[rank].shard
+        data = bytearray(shard.header_nbytes)
+        self(rank, 0, memoryview(data))
+        if xxhash.xxh3_128_hexdigest(data) != shard.header_checksum:
+            raise CorruptCheckpointError(
+                "the header of a shard is not the one that was written",
+                where=f"{self.path(rank)}, bytes 0 to {shard.header_nbytes}",
+                why="its checksum does not match",
+                remedy="use an older checkpoint",
+            )
+
+
+def _world_size(sizes: dict[str, int | None], path: str) -> int:
+    parsed = [p for p in map(manifests.parse_name, sizes) if p is not None and p[0] == "manifest"]
+    worlds = {world_size for _, _, world_size in parsed}
+    if len(worlds) == 1:
+        return worlds.pop()
+    if worlds:
+        raise NotACheckpointError(
+            "manifests of several saves lie in one directory",
+            where=path,
+            why=f"of {', '.join(map(str, sorted(worlds)))} ranks",
+            remedy="use another checkpoint",
+        )
+    raise NotACheckpointError(
+        "not a checkpoint of this library: no manifest there",
+        where=path,
+        why="the directory is absent, empty, holds something else, or the save was cut off",
+        remedy="give the directory that holds manifest-*.json",
+    )

@@ -1,0 +1,243 @@
+"""The one seam to where bytes lie: four operations on paths.
+
+`LocalFilesystem` for disks, `ArrowFilesystem` for whatever pyarrow speaks (S3,
+GCS, HDFS, and any fsspec filesystem in pyarrow's wrapping). `storage.fakes` has
+two more for tests.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import fsspec
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from ray_accel_ckpt.errors import ConfigurationError
+
+_OBJECT_STORE = re.compile(r"\b(s3a?|gcs|gs|abfss?|az|adl|oss)\b")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One thing in a directory: `nbytes` is None for a directory."""
+
+    name: str
+    nbytes: int | None
+
+
+class Filesystem(Protocol):
+    """Storage as this library uses it. Errors are `OSError`s or what the client raises."""
+
+    def write(self, path: str, chunks: Iterable[memoryview | bytes]) -> None:
+        """Create the file `path` of these bytes, and the directories above it.
+
+        When it returns, the file is durable as far as the storage can tell. If
+        it raises, the file may be absent, whole or (on a disk) cut off.
+        """
+        ...
+
+    def read_into(self, path: str, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` from `offset` on. Raises `EOFError` if the file is too short."""
+        ...
+
+    def list(self, path: str) -> list[Entry]:
+        """What lies directly in the directory `path`; nothing if it does not exist."""
+        ...
+
+    def delete(self, path: str) -> None:
+        """Remove a file, or a directory with all in it. Absent is as good as removed."""
+        ...
+
+
+class LocalFilesystem:
+    """A disk of this machine or one that is mounted. Files are fsynced, and so is their directory.
+
+    fsync is skipped on memory-backed filesystems by the kernel itself.
+    """
+
+    def write(self, path: str, chunks: Iterable[memoryview | bytes]) -> None:
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        descriptor = os.open(target, flags, 0o644)
+        try:
+            for chunk in chunks:
+                rest = memoryview(chunk)
+                while rest:
+                    rest = rest[os.write(descriptor, rest) :]
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        _fsync_directory(target.parent)
+
+    def read_into(self, path: str, offset: int, buffer: memoryview) -> None:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            done = 0
+            while done < len(buffer):
+                got = os.preadv(descriptor, [buffer[done:]], offset + done)
+                if got == 0:
+                    raise _too_short(path, offset, len(buffer), done)
+                done += got
+        finally:
+            os.close(descriptor)
+
+    def list(self, path: str) -> list[Entry]:
+        try:
+            with os.scandir(path) as found:
+                return sorted((_local_entry(e) for e in found), key=lambda e: e.name)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def delete(self, path: str) -> None:
+        target = Path(path)
+        if target.is_dir() and not target.is_symlink():
+            shutil.rmtree(target, ignore_errors=False, onerror=_ignore_absent)
+        else:
+            target.unlink(missing_ok=True)
+
+
+class ArrowFilesystem:
+    """Any `pyarrow.fs.FileSystem`. An object appears whole or not at all."""
+
+    def __init__(self, filesystem: pafs.FileSystem) -> None:
+        self.filesystem = filesystem
+
+    def write(self, path: str, chunks: Iterable[memoryview | bytes]) -> None:
+        if _has_directories(self.filesystem):
+            self.filesystem.create_dir(path.rpartition("/")[0], recursive=True)
+        # Should a chunk fail, closing may leave a cut-off object. It is written anew by the
+        # next try, and a shard counts for nothing before its manifest is there.
+        with self.filesystem.open_output_stream(path) as stream:
+            for chunk in chunks:
+                stream.write(chunk)
+
+    def read_into(self, path: str, offset: int, buffer: memoryview) -> None:
+        with self.filesystem.open_input_file(path) as file:
+            done = 0
+            while done < len(buffer):
+                data = file.read_at(len(buffer) - done, offset + done)
+                if not data:
+                    raise _too_short(path, offset, len(buffer), done)
+                buffer[done : done + len(data)] = data
+                done += len(data)
+
+    def list(self, path: str) -> list[Entry]:
+        selector = pafs.FileSelector(path, allow_not_found=True)
+        found = [
+            Entry(
+                name=info.base_name or info.path.rstrip("/").rpartition("/")[2],
+                nbytes=None if info.type == pafs.FileType.Directory else info.size,
+            )
+            for info in self.filesystem.get_file_info(selector)
+        ]
+        return sorted(found, key=lambda e: e.name)
+
+    def delete(self, path: str) -> None:
+        info = self.filesystem.get_file_info(path)
+        try:
+            if info.type == pafs.FileType.Directory:
+                self.filesystem.delete_dir(path)
+            elif info.type == pafs.FileType.File:
+                self.filesystem.delete_file(path)
+        except FileNotFoundError:
+            return
+
+
+def wrap(filesystem: pafs.FileSystem) -> Filesystem:
+    """The seam over a pyarrow filesystem. Local disks are spoken to directly, to fsync."""
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        return LocalFilesystem()
+    return ArrowFilesystem(filesystem)
+
+
+def resolve(location: str | os.PathLike[str], filesystem: Any = None) -> tuple[Filesystem, str]:
+    """A path, a URI (``s3://``, ``gs://``, ``memory://``, ...) or a path on `filesystem`.
+
+    Args:
+        location: local paths may be relative and may begin with ``~``.
+        filesystem: a `pyarrow.fs.FileSystem` or an fsspec filesystem that
+            `location` is a path on.
+
+    Raises:
+        ConfigurationError: no installed package knows the URI's scheme.
+    """
+    path = os.fspath(location)
+    if filesystem is not None:
+        return wrap(to_arrow(filesystem)), path.rstrip("/")
+    scheme, separator, _ = path.partition("://")
+    if not separator:
+        return LocalFilesystem(), str(Path(path).expanduser().absolute())
+    try:
+        found, inner = pafs.FileSystem.from_uri(path)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        found, inner = _through_fsspec(path, scheme)
+    return wrap(found), inner.rstrip("/")
+
+
+def to_arrow(filesystem: Any) -> pafs.FileSystem:
+    """A pyarrow filesystem as it is, an fsspec one wrapped."""
+    if isinstance(filesystem, pafs.FileSystem):
+        return filesystem
+    if isinstance(filesystem, fsspec.AbstractFileSystem):
+        return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem))
+    raise ConfigurationError(
+        f"not a filesystem: {type(filesystem).__module__}.{type(filesystem).__qualname__}",
+        remedy="pass a pyarrow.fs.FileSystem or an fsspec filesystem",
+    )
+
+
+def _through_fsspec(uri: str, scheme: str) -> tuple[pafs.FileSystem, str]:
+    try:
+        found, inner = fsspec.core.url_to_fs(uri)
+    except (ImportError, ValueError) as e:
+        raise ConfigurationError(
+            f"no filesystem for {scheme}:// URIs",
+            where=uri,
+            why=str(e),
+            remedy=f"install the fsspec package for {scheme}, or pass a path this machine knows",
+        ) from e
+    return to_arrow(found), inner
+
+
+def _has_directories(filesystem: pafs.FileSystem) -> bool:
+    """Object stores have none: making one would leave an empty object or ask for a bucket."""
+    return _OBJECT_STORE.search(filesystem.type_name) is None
+
+
+def _local_entry(entry: os.DirEntry[str]) -> Entry:
+    try:
+        is_dir = entry.is_dir()
+        return Entry(name=entry.name, nbytes=None if is_dir else entry.stat().st_size)
+    except FileNotFoundError:
+        # Removed between listing and asking, or a dangling link: nothing to read there.
+        return Entry(name=entry.name, nbytes=0)
+
+
+def _ignore_absent(function: Any, path: str, info: Any) -> None:
+    if not isinstance(info[1], FileNotFoundError):
+        raise info[1]
+
+
+def _fsync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as e:
+        # Some network filesystems have no such call; the file itself is synced.
+        if e.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _too_short(path: str, offset: int, wanted: int, got: int) -> EOFError:
+    return EOFError(f"{path} ends {wanted - got} bytes before byte {offset + wanted}")

@@ -1,0 +1,170 @@
+"""A checkpoint opened for reading, after training, anywhere."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from ray_accel_ckpt.errors import ConfigurationError
+from ray_accel_ckpt.image.reader import Located, Snapshot, Staged, by_rank, dtype_of
+from ray_accel_ckpt.state.tree import TAG, Json, unflatten
+from ray_accel_ckpt.storage.catalog import ShardFetch, open_snapshot
+from ray_accel_ckpt.storage.filesystem import resolve
+
+
+class SavedCheckpoint:
+    """What lies in one checkpoint. Manifests are read and checked; tensors when asked for.
+
+    Attributes:
+        path: where it lies, on its filesystem.
+        step: `global_step` when it was saved.
+        epoch: the epoch a resumed run begins in.
+        world_size: how many workers saved it.
+        parts: names of what is in it.
+    """
+
+    def __init__(self, snapshot: Snapshot, fetch: ShardFetch) -> None:
+        self._snapshot = snapshot
+        self._fetch = fetch
+        self.path = snapshot.where
+        self.step = snapshot.step
+        self.epoch = snapshot.manifests[0].epoch
+        self.world_size = snapshot.world_size
+        self.parts = tuple(snapshot.manifests[0].parts)
+
+    def __repr__(self) -> str:
+        return f"SavedCheckpoint({self.path!r}, step={self.step}, parts={self.parts})"
+
+    def state_dict(self, part: str, *, rank: int = 0) -> Any:
+        """The state of one part. Tensors are on the host, and are copies.
+
+        A dict comes as a read-only mapping that reads and proves a tensor when
+        it is looked up: only the bytes asked for are fetched.
+        `torch.nn.Module.load_state_dict` takes it as it is.
+
+        Args:
+            rank: whose, for parts of which each worker has its own.
+
+        Raises:
+            ConfigurationError: no such part or rank.
+            CorruptCheckpointError: on looking up a damaged tensor.
+        """
+        if not 0 <= rank < self.world_size:
+            raise ConfigurationError(
+                f"no rank {rank}: {self.world_size} workers saved this checkpoint", where=self.path
+            )
+        saved = self._snapshot.parts(rank).get(part)
+        if saved is None:
+            raise ConfigurationError(
+                f"the checkpoint has no part {part!r}",
+                where=self.path,
+                remedy=f"it has: {', '.join(self.parts)}",
+            )
+        return _lazy(saved.value, _Tensors(self._snapshot, self._fetch, rank))
+
+    def verify(self) -> None:
+        """Read and prove every byte.
+
+        Raises:
+            CorruptCheckpointError: naming the first file, tensor and byte range
+                that are not what was written.
+        """
+        for manifest in self._snapshot.manifests:
+            self._fetch.verify_header(manifest.rank)
+            for info in manifest.slices:
+                self._snapshot_read(Located(rank=manifest.rank, info=info))
+            self._snapshot.parts(manifest.rank)
+
+    def _snapshot_read(self, piece: Located) -> torch.Tensor:
+        return _read(self._fetch, piece)
+
+
+def open_checkpoint(checkpoint: Any) -> SavedCheckpoint:
+    """Open a checkpoint to look into it.
+
+    Args:
+        checkpoint: a path, a URI, or a `ray.train.Checkpoint` such as `result.checkpoint`.
+
+    Raises:
+        NotACheckpointError: there is none, or not all of one.
+        CorruptCheckpointError: a manifest is damaged or a shard cut off.
+        FormatVersionError: it is of a newer format.
+        ConfigurationError: not something that can be opened.
+    """
+    # Ray's first: it has __fspath__ too, which only raises.
+    if hasattr(checkpoint, "path") and hasattr(checkpoint, "filesystem"):
+        filesystem, path = resolve(checkpoint.path, checkpoint.filesystem)
+    elif isinstance(checkpoint, (str, os.PathLike)):
+        filesystem, path = resolve(checkpoint)
+    else:
+        raise ConfigurationError(
+            f"cannot open a {type(checkpoint).__qualname__}",
+            remedy="pass a path, a URI or a ray.train.Checkpoint",
+        )
+    snapshot = open_snapshot(filesystem, path)
+    return SavedCheckpoint(snapshot, ShardFetch(filesystem, snapshot))
+
+
+class LazyDict(Mapping[str, Any]):
+    """A saved dict whose values are read when they are looked up."""
+
+    def __init__(self, value: dict[str, Json], tensors: _Tensors) -> None:
+        self._value = value
+        self._tensors = tensors
+
+    def __getitem__(self, key: str) -> Any:
+        return _lazy(self._value[key], self._tensors)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._value)
+
+    def __len__(self) -> int:
+        return len(self._value)
+
+    def __repr__(self) -> str:
+        return f"LazyDict({', '.join(map(repr, self._value))})"
+
+
+class _Tensors(Mapping[str, torch.Tensor]):
+    """Tensors by stored name, each read and proved when looked up."""
+
+    def __init__(self, snapshot: Snapshot, fetch: ShardFetch, rank: int) -> None:
+        self._snapshot = snapshot
+        self._fetch = fetch
+        self._rank = rank
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        pieces = self._snapshot.located(name, self._rank)
+        if not pieces:
+            raise KeyError(name)
+        first = pieces[0].info
+        if len(pieces) == 1:
+            return _read(self._fetch, pieces[0])
+        whole = torch.empty(first.shape, dtype=dtype_of(first))
+        for piece in pieces:
+            start = piece.info.offset
+            whole[start : start + piece.info.length] = _read(self._fetch, piece)
+        return whole
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({*self._snapshot.shared, *self._snapshot.own[self._rank]})
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def _lazy(value: Json, tensors: _Tensors) -> Any:
+    if isinstance(value, dict) and TAG not in value:
+        return LazyDict(value, tensors)
+    return unflatten(value, tensors)
+
+
+def _read(fetch: ShardFetch, piece: Located) -> torch.Tensor:
+    ((rank, infos),) = by_rank([piece]).items()
+    staged = Staged(rank, infos)
+    staged.read(fetch, torch.empty(staged.nbytes, dtype=torch.uint8))
+    staged.verify(fetch.path(rank))
+    return staged.rows(piece.info)

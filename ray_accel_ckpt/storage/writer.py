@@ -1,0 +1,73 @@
+"""Write one image: the shard straight out of the staging buffer, then its manifest."""
+
+from __future__ import annotations
+
+from ray_accel_ckpt.errors import CheckpointError, CheckpointExistsError
+from ray_accel_ckpt.image import manifest as manifests
+from ray_accel_ckpt.image.image import Hashing, Image
+from ray_accel_ckpt.image.manifest import manifest_name, shard_name
+from ray_accel_ckpt.storage.catalog import read_manifest
+from ray_accel_ckpt.storage.filesystem import Filesystem
+from ray_accel_ckpt.storage.retry import retried
+
+
+def write_image(filesystem: Filesystem, directory: str, image: Image, *, timeout: float) -> None:
+    """Make one rank's share durable. No peer is asked; the manifest is the last thing written.
+
+    Cut off at any moment, it leaves a directory that does not count as a
+    checkpoint; it never touches another one.
+
+    Args:
+        timeout: seconds that passing errors are retried for, each file for itself.
+
+    Raises:
+        StorageError, StorageTimeoutError: naming the path, the cause and the remedy.
+    """
+    info = image.info
+    hashing = Hashing(image)
+    shard = f"{directory}/{shard_name(info.rank, info.world_size)}"
+    retried(
+        lambda: filesystem.write(shard, hashing.chunks()),
+        what="write a shard",
+        where=shard,
+        timeout=timeout,
+    )
+    data = manifests.encode(hashing.manifest())
+    manifest = f"{directory}/{manifest_name(info.rank, info.world_size)}"
+    retried(
+        lambda: filesystem.write(manifest, [data]),
+        what="write a manifest",
+        where=manifest,
+        timeout=timeout,
+    )
+
+
+def refuse_other_checkpoint(
+    filesystem: Filesystem, directory: str, *, attempt: str, step: int, timeout: float
+) -> None:
+    """Raise `CheckpointExistsError` if files of another save lie in `directory`.
+
+    Files that other ranks have written for this very save are no obstacle.
+    """
+    entries = retried(
+        lambda: filesystem.list(directory), what="list", where=directory, timeout=timeout
+    )
+    for entry in entries:
+        parsed = manifests.parse_name(entry.name)
+        if parsed is None or parsed[0] != "manifest":
+            continue
+        path = f"{directory}/{entry.name}"
+        try:
+            found = read_manifest(filesystem, path, entry.nbytes, timeout=timeout)
+            same = (found.attempt, found.step) == (attempt, step)
+        except CheckpointError:
+            same = False
+        if not same:
+            raise CheckpointExistsError(
+                "the directory already holds files of another checkpoint",
+                where=path,
+                why="overwriting it would leave neither the old one nor the new one whole, "
+                "if this process died on the way",
+                remedy="save to a new directory, or delete this one first; "
+                "ProjectConfiguration(automatic_checkpoint_naming=True) picks new names",
+            )
