@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy
 import ray
 import torch
 from ray.train import ScalingConfig
@@ -72,6 +73,8 @@ def note(path: Path, **values: Any) -> None:
 
 
 def train_loop_per_worker(config: dict[str, Any]) -> None:
+    random.seed(0)
+    numpy.random.seed(0)
     torch.manual_seed(0)
     torch.set_num_threads(1)
     rank = ray.train.get_context().get_world_rank()

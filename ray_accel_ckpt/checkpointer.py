@@ -51,7 +51,8 @@ class Checkpointer:
         scaler: a `torch.amp.GradScaler` for `backward` and the prepared
             optimizers' `step` to use; it is saved too.
         seed: what data orders and augmentation are drawn from. None: rank 0's
-            `torch.initial_seed()`, so `torch.manual_seed` before this decides.
+            `torch.initial_seed()` at the first `prepare`, so `torch.manual_seed`
+            before that decides.
         slots: staging buffers on the host, each as large as this rank's share.
             A save waits when none is free.
         storage_timeout: seconds that throttling, resets and 5xx are retried

@@ -44,7 +44,8 @@ class Session:
         self.timeout = timeout
         self.writer = BackgroundWriter(timeout=timeout)
         self.attempt = ""
-        self.seed = torch.initial_seed() if seed is None else seed
+        self.seed = 0
+        self._given_seed = seed
         self.plan_checked = False
         self.saves_at_step: dict[int, int] = {}
         self._names: AutomaticNames | None = None
@@ -74,7 +75,8 @@ class Session:
                 why="no process group was set up",
                 remedy="use TorchTrainer, which sets one up before the loop begins",
             )
-        self.attempt, self.seed = self.group.from_rank_zero([secrets.token_hex(3), self.seed])
+        seed = torch.initial_seed() if self._given_seed is None else self._given_seed
+        self.attempt, self.seed = self.group.from_rank_zero([secrets.token_hex(3), seed])
 
     def source(self, input_dir: str | os.PathLike[str] | None) -> tuple[Filesystem, str] | None:
         """Where `load_state` looks: a checkpoint if `input_dir` is given, else a run's directory.

@@ -113,6 +113,7 @@ class DirectorySink:
         automatic: bool,
     ) -> None:
         self._session, self._filesystem, self._save_id = session, filesystem, save_id
+        self._automatic = automatic
         self._limit = session.project.total_limit if automatic else None
         self.path = path
 
@@ -127,9 +128,14 @@ class DirectorySink:
     ) -> None:
         del metrics  # Ray's; a directory has nobody to report them to
         session = self._session
-        refuse_other_checkpoint(
-            self._filesystem, self.path, attempt=self._save_id, step=step, timeout=session.timeout
-        )
+        if not self._automatic:
+            refuse_other_checkpoint(
+                self._filesystem,
+                self.path,
+                attempt=self._save_id,
+                step=step,
+                timeout=session.timeout,
+            )
         image, slot = freeze(
             captured, slots, session, save_id=self._save_id, step=step, epoch=epoch
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -39,8 +40,9 @@ class Filesystem(Protocol):
     def write(self, path: str, chunks: Iterable[memoryview | bytes]) -> None:
         """Create the file `path` of these bytes, and the directories above it.
 
-        When it returns, the file is durable as far as the storage can tell. If
-        it raises, the file may be absent, whole or (on a disk) cut off.
+        When it returns, the file is durable as far as the storage can tell. If it
+        raises, or the process dies, the file may be absent, whole or, on some
+        storage, cut off.
         """
         ...
 
@@ -58,7 +60,9 @@ class Filesystem(Protocol):
 
 
 class LocalFilesystem:
-    """A disk of this machine or one that is mounted. Files are fsynced, and so is their directory.
+    """A disk of this machine or one that is mounted.
+
+    A file appears whole or not at all, by renaming; it and its directory are fsynced.
 
     fsync is skipped on memory-backed filesystems by the kernel itself.
     """
@@ -66,16 +70,23 @@ class LocalFilesystem:
     def write(self, path: str, chunks: Iterable[memoryview | bytes]) -> None:
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-        descriptor = os.open(target, flags, 0o644)
+        # Under another name until it is whole: a peer that looks must not find half a manifest.
+        partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        descriptor = os.open(partial, flags, 0o644)
         try:
-            for chunk in chunks:
-                rest = memoryview(chunk)
-                while rest:
-                    rest = rest[os.write(descriptor, rest) :]
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+            try:
+                for chunk in chunks:
+                    rest = memoryview(chunk)
+                    while rest:
+                        rest = rest[os.write(descriptor, rest) :]
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            partial.replace(target)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
         _fsync_directory(target.parent)
 
     def read_into(self, path: str, offset: int, buffer: memoryview) -> None:

@@ -1,0 +1,70 @@
+"""Runs a function in several real processes that form a gloo group."""
+
+from __future__ import annotations
+
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def spawn(function: Callable[..., Any], world_size: int, *args: Any, kills: bool = False) -> None:
+    """Call ``function(rank, world_size, *args)`` in each process; raise what any raised.
+
+    With `kills` the processes may die by SIGKILL, which is then no error.
+    """
+    context = mp.get_context("spawn")
+    address = ("127.0.0.1", str(free_port()))
+    failures = context.SimpleQueue()
+    processes = [
+        context.Process(target=_run, args=(function, rank, world_size, address, failures, args))
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    found = []
+    while not failures.empty():
+        found.append(failures.get())
+    codes = [process.exitcode for process in processes]
+    if not kills:
+        assert not found, "\n".join(found)
+        assert codes == [0] * world_size, f"exit codes {codes}"
+
+
+def _run(
+    function: Callable[..., Any],
+    rank: int,
+    world_size: int,
+    address: tuple[str, str],
+    failures: Any,
+    args: tuple[Any, ...],
+) -> None:
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = address
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    try:
+        function(rank, world_size, *args)
+    except BaseException:
+        failures.put(f"rank {rank}:\n{traceback.format_exc()}")
+        os._exit(1)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)

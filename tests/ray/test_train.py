@@ -1,0 +1,253 @@
+"""A real `TorchTrainer`, real worker processes, really killed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs
+import pytest
+import ray
+import ray.train
+import torch
+from moto.server import ThreadedMotoServer
+from ray.train import ScalingConfig
+from ray.train.torch import TorchTrainer
+from torch import nn
+
+from ray_accel_ckpt import Checkpointer, EverySteps, errors, heal_run, open_checkpoint, run_config
+from tests.ray.faults import POINTS, Fault
+from tests.training import train
+
+pytestmark = [
+    pytest.mark.usefixtures("cluster"),
+    # Ray's own handling of files and deprecated calls is not what is tested here.
+    pytest.mark.filterwarnings("ignore"),
+]
+
+
+def _loop(config: dict[str, Any]) -> None:
+    torch.set_num_threads(1)
+    rank = ray.train.get_context().get_world_rank()
+    fault = Fault(**config["fault"]) if config.get("fault") else None
+    ckpt = Checkpointer(save=EverySteps(config.get("every", 4)))
+    if fault is not None:
+        fault.install(rank, lambda: ckpt.global_step)
+
+    def on_step(step: int) -> None:
+        if fault is not None:
+            fault.on_step(rank, step)
+
+    def on_epoch_end(epoch: int) -> None:
+        if fault is not None:
+            fault.on_epoch_end(rank, ckpt.global_step)
+
+    ended = train(
+        ckpt, rank, epochs=config.get("epochs", 3), on_step=on_step, on_epoch_end=on_epoch_end
+    )
+    record = {"digest": ended, "resumed_from": ckpt.resumed_from, "step": ckpt.global_step}
+    Path(config["out"], f"rank-{rank}.json").write_text(json.dumps(record))
+
+
+def _fit(directory: Path, name: str, workers: int = 2, **config: Any) -> Any:
+    out = directory / f"{name}-out"
+    out.mkdir(exist_ok=True)
+    trainer = TorchTrainer(
+        _loop,
+        train_loop_config={"out": str(out), **config},
+        scaling_config=ScalingConfig(num_workers=workers),
+        run_config=run_config(name, directory),
+    )
+    return trainer.fit()
+
+
+def _records(directory: Path, name: str, workers: int = 2) -> list[dict[str, Any]]:
+    out = directory / f"{name}-out"
+    return [json.loads((out / f"rank-{rank}.json").read_text()) for rank in range(workers)]
+
+
+def _digests(directory: Path, name: str) -> list[str]:
+    return [record["digest"] for record in _records(directory, name)]
+
+
+@pytest.fixture(scope="module")
+def untouched(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    directory = tmp_path_factory.mktemp("untouched")
+    _fit(directory, "run")
+    return _digests(directory, "run")
+
+
+@pytest.mark.parametrize(("point", "rank"), [(p, i % 2) for i, p in enumerate(POINTS)])
+def test_a_killed_worker_changes_no_bit(
+    tmp_path: Path, untouched: list[str], point: str, rank: int
+) -> None:
+    marker = tmp_path / "killed"
+    fault = {"point": point, "rank": rank, "after": 10, "marker": str(marker)}
+    result = _fit(tmp_path, "run", fault=fault)
+    assert marker.exists(), "the worker was not killed"
+    assert _digests(tmp_path, "run") == untouched
+    assert _records(tmp_path, "run")[0]["resumed_from"] is not None
+    open_checkpoint(result.checkpoint).verify()
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[pyarrow.fs.S3FileSystem]:
+    """An S3 server over HTTP that the workers reach as they would reach a real one."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    filesystem = pyarrow.fs.S3FileSystem(
+        access_key="test",
+        secret_key="test",  # noqa: S106 - what the server takes
+        region="us-east-1",
+        scheme="http",
+        endpoint_override=f"{host}:{port}",
+        allow_bucket_creation=True,
+    )
+    filesystem.create_dir("bucket")
+    yield filesystem
+    server.stop()
+
+
+def test_a_killed_worker_changes_no_bit_on_s3(
+    tmp_path: Path, untouched: list[str], bucket: pyarrow.fs.S3FileSystem
+) -> None:
+    (tmp_path / "out").mkdir()
+    marker = tmp_path / "killed"
+    fault = {"point": "mid-epoch", "rank": 1, "after": 18, "marker": str(marker)}
+    trainer = TorchTrainer(
+        _loop,
+        train_loop_config={"out": str(tmp_path / "out"), "fault": fault},
+        scaling_config=ScalingConfig(num_workers=2),
+        run_config=run_config("run", "bucket/runs", storage_filesystem=bucket),
+    )
+    result = trainer.fit()
+    assert marker.exists(), "the worker was not killed"
+    records = [json.loads((tmp_path / "out" / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+    assert [record["digest"] for record in records] == untouched
+    assert records[0]["resumed_from"] is not None
+    saved = open_checkpoint(result.checkpoint)
+    saved.verify()
+    assert saved.path.startswith("bucket/runs/run/checkpoint_")
+
+
+def test_a_second_driver_goes_on_and_a_finished_run_returns_at_once(
+    tmp_path: Path, untouched: list[str]
+) -> None:
+    _fit(tmp_path, "run", epochs=2)
+    # What a crash leaves: Ray's record of the run cut in half.
+    snapshot = tmp_path / "run" / "checkpoint_manager_snapshot.json"
+    snapshot.write_bytes(snapshot.read_bytes()[:100])
+    result = _fit(tmp_path, "run", epochs=3)
+    assert _digests(tmp_path, "run") == untouched
+    assert (tmp_path / "run" / "checkpoint_manager_snapshot.json.torn").exists()
+    before = result.checkpoint.path
+    again = _fit(tmp_path, "run", epochs=3)
+    assert again.checkpoint.path == before
+    # Rank 1 now has rank 0's BatchNorm buffers: no forward has followed to make them its own.
+    assert _digests(tmp_path, "run")[0] == untouched[0]
+
+
+def test_heal_takes_out_a_checkpoint_that_is_gone(tmp_path: Path) -> None:
+    result = _fit(tmp_path, "run", epochs=1)
+    for file in Path(result.checkpoint.path).iterdir():
+        file.unlink()
+    Path(result.checkpoint.path).rmdir()
+    (mended,) = heal_run(tmp_path, "run")
+    assert Path(result.checkpoint.path).name in mended
+    assert heal_run(tmp_path, "run") == ()
+    assert _fit(tmp_path, "run", epochs=1).checkpoint is not None
+
+
+def _metrics_loop(config: dict[str, Any]) -> None:
+    import numpy as np
+
+    ckpt = Checkpointer(save=EverySteps(1))
+    ckpt.prepare(nn.Linear(2, 2))
+    ckpt.load_state()
+    called = []
+
+    def metrics() -> dict[str, Any]:
+        called.append(ckpt.global_step)
+        return {
+            "loss": np.float32(1.5),
+            "tensor": torch.tensor(2.5),
+            "one": np.ones(1),
+            "nested": {"count": np.int64(3)},
+            "calls": len(called),
+        }
+
+    for _ in ckpt.epochs(1):
+        ckpt.step(metrics)
+
+
+def test_numpy_and_torch_scalars_reach_ray_as_numbers(tmp_path: Path) -> None:
+    trainer = TorchTrainer(
+        _metrics_loop,
+        scaling_config=ScalingConfig(num_workers=1),
+        run_config=run_config("metrics", tmp_path),
+    )
+    metrics = trainer.fit().metrics
+    assert metrics["loss"] == 1.5
+    assert metrics["tensor"] == 2.5
+    assert metrics["one"] == 1.0
+    assert metrics["nested"] == {"count": 3}
+
+
+def _local_loop(config: dict[str, Any]) -> None:
+    ckpt = Checkpointer(save=EverySteps(1))
+    model = ckpt.prepare(nn.Linear(2, 2))
+    assert ckpt.load_state() is False
+    for _ in ckpt.epochs(1):
+        ckpt.step()
+    path = ckpt.save_state(Path(config["directory"], "explicit"))
+    with torch.no_grad():
+        model.weight.zero_()
+    assert ckpt.load_state(path)
+    assert model.weight.count_nonzero() > 0
+
+
+def test_local_mode_saves_and_loads_in_an_explicit_directory(tmp_path: Path) -> None:
+    TorchTrainer(
+        _local_loop,
+        train_loop_config={"directory": str(tmp_path)},
+        scaling_config=ScalingConfig(num_workers=0),
+        run_config=run_config("local", tmp_path),
+    ).fit()
+    assert open_checkpoint(tmp_path / "explicit").step == 1
+
+
+def _project_in_ray(config: dict[str, Any]) -> None:
+    from ray_accel_ckpt import ProjectConfiguration
+
+    Checkpointer(project_config=ProjectConfiguration("x", automatic_checkpoint_naming=True))
+
+
+def test_automatic_naming_is_refused_in_a_ray_run(tmp_path: Path) -> None:
+    trainer = TorchTrainer(
+        _project_in_ray,
+        scaling_config=ScalingConfig(num_workers=1),
+        run_config=run_config("project", tmp_path, max_failures=0),
+    )
+    with pytest.raises(Exception, match="automatic_checkpoint_naming has no place"):
+        trainer.fit()
+
+
+def test_run_config_passes_through_and_checks(tmp_path: Path) -> None:
+    config = run_config("a", tmp_path, worker_runtime_env={"env_vars": {"A": "1"}})
+    assert config.failure_config.max_failures == 1000
+    assert config.failure_config.max_preemption_failures == -1
+    assert config.checkpoint_config.num_to_keep == 3
+    assert config.worker_runtime_env == {"env_vars": {"A": "1"}}
+    own = ray.train.FailureConfig(max_failures=3)
+    assert run_config("a", tmp_path, failure_config=own).failure_config is own
+    assert list((tmp_path / "a").iterdir()) == []
+    with pytest.raises(errors.ConfigurationError, match="fixed name"):
+        run_config("", tmp_path)
+    with pytest.raises(errors.ConfigurationError, match="not both"):
+        run_config("a", tmp_path, failure_config=own, max_failures=2)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(errors.StorageError, match="could not write to the storage"):
+        run_config("a", tmp_path / "file")
