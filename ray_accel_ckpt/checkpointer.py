@@ -20,7 +20,7 @@ from ray_accel_ckpt.image.reader import Snapshot
 from ray_accel_ckpt.image.staging import SlotPool
 from ray_accel_ckpt.policy import SavePolicy
 from ray_accel_ckpt.project import ProjectConfiguration
-from ray_accel_ckpt.runtime.prepare import ScaledOptimizer, prepare_model
+from ray_accel_ckpt.runtime.prepare import ScaledOptimizer, prepare_model, prepare_optimizer
 from ray_accel_ckpt.runtime.ray_run import training_device
 from ray_accel_ckpt.runtime.report import Metrics
 from ray_accel_ckpt.runtime.restore import Restored, Restorer
@@ -31,6 +31,7 @@ from ray_accel_ckpt.state.bundle import Plan, StateBundle, require_stateful
 from ray_accel_ckpt.state.hooks import Hooks, LoadHook, SaveHook
 from ray_accel_ckpt.state.loader import PreparedLoader, SkippedLoader
 from ray_accel_ckpt.state.model import ModelPart
+from ray_accel_ckpt.state.optimizer import OptimizerPart
 from ray_accel_ckpt.state.parts import ProgressPart
 from ray_accel_ckpt.state.passes import EpochWatch
 
@@ -329,6 +330,8 @@ class Checkpointer:
     def _prepare_one(self, obj: Any) -> Any:
         self._session.agree()
         group = self._session.group
+        if self._is_prepared(obj):
+            return obj
         if isinstance(obj, nn.Module):
             model = prepare_model(
                 obj, self.device, world_size=group.world_size, ddp_kwargs=self._ddp_kwargs
@@ -337,11 +340,9 @@ class Checkpointer:
             self._bundle.add_model(model)
             return model
         if isinstance(obj, Optimizer):
+            prepared = prepare_optimizer(obj, self.scaler, self._on_optimizer_step)
             self._bundle.add_optimizer(obj)
-            obj.register_step_post_hook(lambda *_: self._on_optimizer_step())
-            if self.scaler is None:
-                return obj
-            return ScaledOptimizer(obj, self.scaler, self._on_optimizer_step)
+            return prepared
         if isinstance(obj, DataLoader):
             loader = PreparedLoader(
                 obj,
@@ -356,6 +357,12 @@ class Checkpointer:
         if isinstance(obj, LRScheduler):
             self._bundle.add_scheduler(obj)
         return obj
+
+    def _is_prepared(self, obj: Any) -> bool:
+        models = [part.model for part in self._bundle.of_type(ModelPart)]
+        optimizers = [part.optimizer for part in self._bundle.of_type(OptimizerPart)]
+        known = any(obj is each for each in (*models, *optimizers))
+        return known or isinstance(obj, (ScaledOptimizer, PreparedLoader))
 
     def _on_forward(self, module: nn.Module, args: Any) -> None:
         if torch.is_grad_enabled():
@@ -400,15 +407,30 @@ class Checkpointer:
         skip = self._hooks.skipped(self._bundle.of_type(ModelPart), snapshot.where)
         if rank >= snapshot.world_size:
             skip |= snapshot.per_rank_parts()
+        if snapshot.world_size != self._session.group.world_size:
+            skip |= self._without_gradients(snapshot)
         return self._bundle.plan(
             snapshot.parts(rank), only=only, skip=skip, strict=strict, where=snapshot.where
         )
+
+    def _without_gradients(self, snapshot: Snapshot) -> frozenset[str]:
+        """What each worker had accumulated cannot be dealt out to another number of them."""
+        name = self._bundle.gradients.name
+        if name not in snapshot.manifests[0].parts:
+            return frozenset()
+        logger.warning(
+            "the checkpoint was saved inside an accumulation window by %d workers: the gradients "
+            "accumulated so far are left out, the window begins anew",
+            snapshot.world_size,
+        )
+        return frozenset({name})
 
     def _after_load(self, restored: Restored, *, complete: bool) -> None:
         rank, stored = self._session.group.rank, restored.snapshot.world_size
         if not complete:
             return
-        self._window_open = "gradients" in restored.snapshot.manifests[0].parts
+        same = stored == self._session.group.world_size
+        self._window_open = same and "gradients" in restored.snapshot.manifests[0].parts
         if not self._window_open:
             self._bundle.gradients.clear()
         if rank >= stored:

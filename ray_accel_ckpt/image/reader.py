@@ -102,23 +102,18 @@ class Snapshot:
         return [own[name]] if name in own else self.shared.get(name, [])
 
     def _saved(self, name: str, part: PartInfo, rank: int) -> SavedPart:
-        prefix = f"{name}/"
-        names = {n for n in self.shared if n.startswith(prefix)}
-        names |= {
-            n for n in self.own[rank if rank < self.world_size else 0] if n.startswith(prefix)
-        }
         tensors = {}
-        for tensor in sorted(names):
-            info = self.located(tensor, rank)[0].info
-            tensors[tensor] = SavedTensor(dtype=dtype_of(info), shape=tuple(info.shape))
-        absent = [ref for ref in tensor_refs(part.value) if ref not in tensors]
-        if absent:
-            raise CorruptCheckpointError(
-                f"part {name!r} speaks of tensors that no shard holds",
-                where=self.where,
-                why=", ".join(absent[:5]),
-                remedy="use another checkpoint",
-            )
+        for ref in sorted(tensor_refs(part.value)):
+            pieces = self.located(ref, rank)
+            if not pieces:
+                raise CorruptCheckpointError(
+                    f"part {name[:200]!r} speaks of a tensor that no shard holds",
+                    where=self.where,
+                    why=ref[:200],
+                    remedy="use another checkpoint",
+                )
+            info = pieces[0].info
+            tensors[ref] = SavedTensor(dtype=dtype_of(info), shape=tuple(info.shape))
         return SavedPart(
             kind=part.kind, value=part.value, tensors=tensors, omitted=tuple(part.omitted)
         )

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import secrets
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray_accel_ckpt.errors import ConfigurationError, StorageError
 from ray_accel_ckpt.runtime.heal import heal_run
 from ray_accel_ckpt.storage.filesystem import LocalFilesystem, resolve, to_arrow
 from ray_accel_ckpt.storage.retry import retried
+
+if TYPE_CHECKING:
+    from ray.train import RunConfig
 
 MAX_FAILURES = 1000
 """Failures a run survives by default. Ray's own default is 0, and a node that is
@@ -28,7 +31,7 @@ def run_config(
     failure_config: Any = None,
     checkpoint_config: Any = None,
     **options: Any,
-) -> Any:
+) -> RunConfig:
     """A `ray.train.RunConfig` for a run that goes on whatever happens.
 
     The pair (storage_path, name) is the run: started again with the same pair,

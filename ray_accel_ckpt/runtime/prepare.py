@@ -10,6 +10,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from ray_accel_ckpt.errors import ConfigurationError
+
 
 class PinnedDDP(DistributedDataParallel):
     """`DistributedDataParallel` whose gradient buckets are the same in every life.
@@ -36,7 +38,12 @@ class PinnedDDP(DistributedDataParallel):
 def prepare_model(
     model: nn.Module, device: torch.device, *, world_size: int, ddp_kwargs: Mapping[str, Any]
 ) -> nn.Module:
-    """Move to `device`; wrap for data parallelism if there are peers and something to train."""
+    """Move to `device`; wrap for data parallelism if there are peers and something to train.
+
+    Raises:
+        ConfigurationError: the model is sharded, which this version does not save.
+    """
+    _refuse_sharded(model)
     if isinstance(model, DistributedDataParallel):
         return model
     model = model.to(device)
@@ -45,6 +52,37 @@ def prepare_model(
         return model
     devices = None if device.type == "cpu" else [device]
     return PinnedDDP(model, **{"device_ids": devices, **ddp_kwargs})
+
+
+def _refuse_sharded(model: nn.Module) -> None:
+    wrappers = {type(module).__name__ for module in model.modules()}
+    sharded = "FullyShardedDataParallel" in wrappers or any(
+        type(p).__name__ == "DTensor" for p in model.parameters()
+    )
+    if sharded:
+        raise ConfigurationError(
+            "the model is sharded over the workers",
+            why="this version saves replicated models only",
+            remedy="pass the plain model to prepare(), which makes it data parallel",
+        )
+
+
+def prepare_optimizer(
+    optimizer: Optimizer, scaler: torch.amp.GradScaler | None, stepped: Callable[[], None]
+) -> Optimizer:
+    """Tell `stepped` of each step, and step through the scaler if there is one.
+
+    Raises:
+        ConfigurationError: the optimizer shards its state, which this version does not save.
+    """
+    if type(optimizer).__name__ == "ZeroRedundancyOptimizer":
+        raise ConfigurationError(
+            "ZeroRedundancyOptimizer keeps its state on other workers",
+            why="this version saves replicated optimizers only",
+            remedy="use the optimizer it wraps",
+        )
+    optimizer.register_step_post_hook(lambda *_: stepped())
+    return optimizer if scaler is None else ScaledOptimizer(optimizer, scaler, stepped)
 
 
 class ScaledOptimizer(Optimizer):

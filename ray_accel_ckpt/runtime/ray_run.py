@@ -83,5 +83,6 @@ def _context() -> Any:
 
     try:
         return ray.train.get_context()
-    except RuntimeError:
+    except (RuntimeError, DeprecationWarning):
+        # No worker; the second is what Ray raises inside a Tune function.
         return None

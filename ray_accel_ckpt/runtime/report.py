@@ -8,6 +8,7 @@ storage. Ray's queue of uploads has no bound of its own; the slots are its bound
 from __future__ import annotations
 
 import numbers
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -45,9 +46,11 @@ def report(
         try:
             write_image(run.filesystem, f"{run.path}/{name}", image, timeout=timeout)
         finally:
-            release()
+            once()
         return ray.train.Checkpoint(f"{run.path}/{name}", filesystem=run.arrow)
 
+    # Ray may drop a report without uploading (a reset barrier): then the slot comes back too.
+    once = weakref.finalize(upload, release)
     ray.train.report(
         dict(metrics),
         checkpoint=target,

@@ -66,7 +66,7 @@ class Restorer:
     slot: Slot
     device: torch.device
     decide: Decide
-    _faults: list[str] = field(default_factory=list)
+    _faults: list[str] = field(default_factory=list, init=False)
 
     def newest(self, directory: str) -> Restored | None:
         """Load the newest good checkpoint under `directory`; None if there is none at all.
@@ -163,7 +163,7 @@ class Restorer:
         the per-rank ones, which only their owner reads and nobody else needs."""
         pieces: list[Located] = []
         for _, saved in plan.parts:
-            for name in {*saved.tensors} & {*tensor_refs(saved.value)}:
+            for name in saved.tensors:
                 pieces += snapshot.located(name, self.group.rank)
         return dict(sorted(by_rank(pieces).items()))
 

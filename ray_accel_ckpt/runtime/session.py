@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from functools import cached_property
 
 import torch
 
@@ -78,6 +79,11 @@ class Session:
         seed = torch.initial_seed() if self._given_seed is None else self._given_seed
         self.attempt, self.seed = self.group.from_rank_zero([secrets.token_hex(3), seed])
 
+    @cached_property
+    def _project_place(self) -> tuple[Filesystem, str] | None:
+        directory = self.project.checkpoints_dir
+        return None if directory is None else resolve(directory)
+
     def source(self, input_dir: str | os.PathLike[str] | None) -> tuple[Filesystem, str] | None:
         """Where `load_state` looks: a checkpoint if `input_dir` is given, else a run's directory.
 
@@ -88,8 +94,8 @@ class Session:
             return resolve(input_dir)
         if self.run is not None:
             return self.run.filesystem, self.run.path
-        if self.project.checkpoints_dir is not None:
-            return resolve(self.project.checkpoints_dir)
+        if self._project_place is not None:
+            return self._project_place
         if in_local_mode():
             return None
         raise ConfigurationError(
@@ -101,10 +107,9 @@ class Session:
 
     def next_automatic(self) -> tuple[Filesystem, str] | None:
         """The next automatic name, rank 0's on every rank; None without automatic naming."""
-        directory = self.project.checkpoints_dir
-        if directory is None:
+        if self._project_place is None:
             return None
-        filesystem, path = resolve(directory)
+        filesystem, path = self._project_place
         if self._names is None:
             self._names = AutomaticNames(filesystem, path, at_least=self.project.iteration)
         taken = self._names.take() if self.group.rank == 0 else None

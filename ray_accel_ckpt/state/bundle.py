@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ from ray_accel_ckpt.state.optimizer import OptimizerPart
 from ray_accel_ckpt.state.part import Captured, Differences, Part, SavedPart
 from ray_accel_ckpt.state.parts import GradientPart, ObjectPart, RngPart, Stateful
 
+logger = logging.getLogger(__name__)
 P = TypeVar("P")
 
 
@@ -174,6 +176,8 @@ class StateBundle:
                 remedy="register what was saved, or take part of it: "
                 'load_state(parts=("model",)) or load_state(strict=False)',
             )
+        if differences:
+            logger.warning("loading what fits of %s: %s", where, differences)
         fitting = [(p, s) for p, s in chosen if p.kind == s.kind and (strict or _fits(p, s))]
         targets: dict[str, torch.Tensor] = {}
         for part, stored in fitting:

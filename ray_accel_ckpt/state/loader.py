@@ -73,7 +73,7 @@ class PreparedLoader:
         self._device = device
         self._world_size = world_size
         self._iterable = isinstance(loader.dataset, IterableDataset)
-        self._began = self._over = 0
+        self.began = self._over = 0
         self._inner: DataLoader[Any] | None = None
         if self._iterable:
             self._generator = torch.Generator()
@@ -126,10 +126,10 @@ class PreparedLoader:
 
     def around(self, other: PreparedLoader) -> bool:
         """This loader's pass is under way and began before `other`'s last one ended."""
-        return self.in_flight and self._began < other._over
+        return self.in_flight and self.began < other._over
 
     def _pass(self) -> Iterator[Any]:
-        self._began = next_tick()
+        self.began = next_tick()
         batches = self._iterable_batches() if self._iterable else self._map_batches()
         try:
             for consumed, batch in batches:
@@ -207,6 +207,15 @@ class PreparedLoader:
 
     def apply(self, state: Any) -> None:
         self.cursor.load(state)
+        if state["world_size"] != self._world_size:
+            logger.warning(
+                "loader %r goes on with %d workers instead of %d: each keeps its batch size, so "
+                "a step now takes %s samples over all workers",
+                self.name,
+                self._world_size,
+                state["world_size"],
+                self._dealer.batch_size * self._world_size,
+            )
         # Persistent loader workers hold a copy of the dataset with the seed of before.
         self._inner = None
 

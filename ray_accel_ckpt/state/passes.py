@@ -29,8 +29,8 @@ class EpochWatch:
         The last batch's own `step` is still inside the pass, so that what the
         loop does between its last batch and the next epoch is done on resuming.
         """
-        loaders = list(self._loaders())
-        ended = any(loader.ended_since(self._began) for loader in loaders)
+        loaders, began = list(self._loaders()), self._epoch_began()
+        ended = any(loader.ended_since(began) for loader in loaders)
         return ended and not any(loader.in_flight for loader in loaders)
 
     def replayed(self) -> list[str]:
@@ -41,9 +41,16 @@ class EpochWatch:
         """
         if self.done():
             return []
-        loaders = list(self._loaders())
+        loaders, began = list(self._loaders()), self._epoch_began()
         return [
             loader.name
             for loader in loaders
-            if loader.ended_since(self._began) and not any(o.around(loader) for o in loaders)
+            if loader.ended_since(began) and not any(o.around(loader) for o in loaders)
         ]
+
+    def _epoch_began(self) -> int:
+        """In a loop that counts its own epochs, the first loader's pass begins one."""
+        if self._began:
+            return self._began
+        first = next(iter(self._loaders()), None)
+        return first.began if first is not None else 0
