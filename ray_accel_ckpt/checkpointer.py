@@ -5,14 +5,9 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader
 from torch.utils.hooks import RemovableHandle
 
 from ray_accel_ckpt.errors import ConfigurationError
@@ -20,8 +15,7 @@ from ray_accel_ckpt.image.reader import Snapshot
 from ray_accel_ckpt.image.staging import SlotPool
 from ray_accel_ckpt.policy import SavePolicy
 from ray_accel_ckpt.project import ProjectConfiguration
-from ray_accel_ckpt.runtime.prepare import ScaledOptimizer, prepare_model, prepare_optimizer
-from ray_accel_ckpt.runtime.ray_run import training_device
+from ray_accel_ckpt.runtime.prepare import Preparer
 from ray_accel_ckpt.runtime.report import Metrics
 from ray_accel_ckpt.runtime.restore import Restored, Restorer
 from ray_accel_ckpt.runtime.session import Session
@@ -31,7 +25,6 @@ from ray_accel_ckpt.state.bundle import Plan, StateBundle, require_stateful
 from ray_accel_ckpt.state.hooks import Hooks, LoadHook, SaveHook
 from ray_accel_ckpt.state.loader import PreparedLoader, SkippedLoader
 from ray_accel_ckpt.state.model import ModelPart
-from ray_accel_ckpt.state.optimizer import OptimizerPart
 from ray_accel_ckpt.state.parts import ProgressPart
 from ray_accel_ckpt.state.passes import EpochWatch
 
@@ -86,7 +79,6 @@ class Checkpointer:
         self.scaler = scaler
         self.resumed_from: str | None = None
         self._policy = save
-        self._ddp_kwargs = dict(ddp_kwargs or {})
         self._slots = SlotPool(slots)
         self._session = Session(
             project=project_config, seed=seed, timeout=storage_timeout, saves=save is not None
@@ -96,12 +88,14 @@ class Checkpointer:
         self._in_epochs = False
         self._saved_at: tuple[int, int] | None = None
         self._last_metrics: Metrics = None
-        self._window_open = False
         self._hooks = Hooks()
         self._bundle = StateBundle()
         self._bundle.add(ProgressPart(self._progress, self._set_progress))
         if scaler is not None:
             self._bundle.add_object("scaler", scaler, kind="scaler")
+        self._preparer = Preparer(
+            self._bundle, self._session, scaler=scaler, ddp_kwargs=ddp_kwargs or {}
+        )
         self._watch = EpochWatch(lambda: self._bundle.of_type(PreparedLoader))
 
     # --- where the loop stands ---------------------------------------------------------
@@ -120,10 +114,10 @@ class Checkpointer:
         cursor = loaders[0].cursor
         return cursor.epoch + cursor.ended
 
-    @cached_property
+    @property
     def device(self) -> torch.device:
         """Where prepared models and batches are."""
-        return training_device()
+        return self._preparer.device
 
     # --- setting up --------------------------------------------------------------------
 
@@ -138,7 +132,7 @@ class Checkpointer:
         Returns:
             The prepared objects in the order given; the object itself if it is one.
         """
-        prepared = tuple(self._prepare_one(obj) for obj in objects)
+        prepared = tuple(self._preparer.prepare(obj) for obj in objects)
         return prepared[0] if len(prepared) == 1 else prepared
 
     def register_for_checkpointing(
@@ -327,50 +321,6 @@ class Checkpointer:
 
     # --- inside ------------------------------------------------------------------------
 
-    def _prepare_one(self, obj: Any) -> Any:
-        self._session.agree()
-        group = self._session.group
-        if self._is_prepared(obj):
-            return obj
-        if isinstance(obj, nn.Module):
-            model = prepare_model(
-                obj, self.device, world_size=group.world_size, ddp_kwargs=self._ddp_kwargs
-            )
-            model.register_forward_pre_hook(self._on_forward)
-            self._bundle.add_model(model)
-            return model
-        if isinstance(obj, Optimizer):
-            prepared = prepare_optimizer(obj, self.scaler, self._on_optimizer_step)
-            self._bundle.add_optimizer(obj)
-            return prepared
-        if isinstance(obj, DataLoader):
-            loader = PreparedLoader(
-                obj,
-                name=self._bundle.next_loader_name(),
-                seed=self._session.seed,
-                rank=group.rank,
-                world_size=group.world_size,
-                device=self.device,
-            )
-            self._bundle.add(loader)
-            return loader
-        if isinstance(obj, LRScheduler):
-            self._bundle.add_scheduler(obj)
-        return obj
-
-    def _is_prepared(self, obj: Any) -> bool:
-        models = [part.model for part in self._bundle.of_type(ModelPart)]
-        optimizers = [part.optimizer for part in self._bundle.of_type(OptimizerPart)]
-        known = any(obj is each for each in (*models, *optimizers))
-        return known or isinstance(obj, (ScaledOptimizer, PreparedLoader))
-
-    def _on_forward(self, module: nn.Module, args: Any) -> None:
-        if torch.is_grad_enabled():
-            self._window_open = True
-
-    def _on_optimizer_step(self) -> None:
-        self._window_open = False
-
     def _position(self) -> tuple[int, int]:
         """(step, epoch) as a save now would hold them."""
         ended = self._in_epochs and self._watch.done()
@@ -395,7 +345,7 @@ class Checkpointer:
         captured = self._bundle.capture(
             weights=self._hooks.weights(models, sink.path),
             replayed=self._watch.replayed(),
-            with_gradients=self._window_open,
+            with_gradients=self._preparer.window_open,
         )
         step, epoch = self._position()
         sink.save(captured, self._slots, step=step, epoch=epoch, metrics=metrics)
@@ -430,8 +380,8 @@ class Checkpointer:
         if not complete:
             return
         same = stored == self._session.group.world_size
-        self._window_open = same and "gradients" in restored.snapshot.manifests[0].parts
-        if not self._window_open:
+        self._preparer.window_open = same and "gradients" in restored.snapshot.manifests[0].parts
+        if not self._preparer.window_open:
             self._bundle.gradients.clear()
         if rank >= stored:
             logger.warning(

@@ -18,7 +18,7 @@ from itertools import pairwise
 from typing import Annotated, Any, Final, Literal
 
 import xxhash
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 
 from ray_accel_ckpt import errors
 from ray_accel_ckpt.image.dtypes import dtype_named
@@ -29,14 +29,18 @@ VERSION: Final = 1
 BLOCK = 16 * 2**20
 """Bytes that one checksum covers, at most."""
 MAX_NBYTES = 512 * 2**20
-"""Longest manifest that is read at all."""
+"""Longest manifest that is written, or read at all."""
+MAX_HEADER_NBYTES = 8 + 100_000_000
+"""Longest header of a shard: safetensors reads none that is longer."""
+MAX_DIMENSIONS = 64
+MAX_NAME = 4096
 
 _PREFIX, _MIDDLE, _SUFFIX = b'{"checksum":"', b'","body":', b"}\n"
-_FILE = re.compile(r"^(shard|manifest)-(\d{5})-of-(\d{5})\.(safetensors|json)$")
+_FILE = re.compile(r"(shard|manifest)-([0-9]{5})-of-([0-9]{5})\.(safetensors|json)")
 
 Count = Annotated[int, Field(ge=0, lt=2**62)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
-Name = Annotated[str, Field(min_length=1, max_length=4096)]
+Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
 
 
 class _Strict(BaseModel):
@@ -49,12 +53,12 @@ class SliceInfo(_Strict):
     name: Name
     scope: Literal["replicated", "rank_zero", "per_rank"]
     dtype: str
-    shape: Annotated[list[Count], Field(max_length=64)]
+    shape: Annotated[list[Count], Field(max_length=MAX_DIMENSIONS)]
     offset: Count
     length: Count
     begin: Count
     end: Count
-    blocks: list[Digest]
+    blocks: Annotated[list[Digest], FailFast()]
 
 
 class ShardInfo(_Strict):
@@ -71,7 +75,7 @@ class PartInfo(_Strict):
 
     kind: Name
     per_rank: bool
-    omitted: list[str]
+    omitted: Annotated[list[str], FailFast()]
     value: Any
 
 
@@ -90,8 +94,9 @@ class Manifest(_Strict):
     rank: Count
     plan: Digest
     shard: ShardInfo
-    slices: list[SliceInfo]
-    parts: dict[Name, PartInfo]
+    # A list of a million faults would be a bomb of its own: the first is enough.
+    slices: Annotated[list[SliceInfo], FailFast()]
+    parts: Annotated[dict[Name, PartInfo], Field(max_length=10_000)]
 
 
 def shard_name(rank: int, world_size: int) -> str:
@@ -104,10 +109,11 @@ def manifest_name(rank: int, world_size: int) -> str:
 
 def parse_name(file: str) -> tuple[str, int, int] | None:
     """(``"shard"`` or ``"manifest"``, rank, world size) of a file name of ours, else None."""
-    match = _FILE.match(file)
+    match = _FILE.fullmatch(file)
     if match is None or (match[1] == "shard") != (match[4] == "safetensors"):
         return None
-    return match[1], int(match[2]), int(match[3])
+    rank, world_size = int(match[2]), int(match[3])
+    return (match[1], rank, world_size) if rank < world_size else None
 
 
 def encode(manifest: Manifest) -> bytes:
@@ -145,14 +151,16 @@ def decode(data: bytes, where: str) -> Manifest:
         if not isinstance(raw, dict) or raw.get("format") != FORMAT:
             raise _corrupt(where, "its content is not a manifest of this library")
         version = raw.get("version")
-        if type(version) is int and version > VERSION:
+        if type(version) is not int:
+            raise _corrupt(where, "its format version is no number")
+        if version > VERSION:
             raise errors.FormatVersionError(
                 f"the checkpoint has format version {version}; this library reads up to {VERSION}",
                 where=where,
                 remedy="upgrade ray_accel_ckpt to read it",
             )
         manifest = Manifest.model_validate(raw)
-    except (ValidationError, ValueError, RecursionError) as e:
+    except (ValidationError, ValueError, RecursionError, MemoryError) as e:
         raise _corrupt(where, f"{type(e).__name__}: {str(e)[:500]}") from e
     _check(manifest, where)
     return manifest
@@ -166,6 +174,8 @@ def _check(manifest: Manifest, where: str) -> None:
         raise _corrupt(where, f"it names the shard {manifest.shard.file[:100]!r}")
     if not 8 <= manifest.shard.header_nbytes <= manifest.shard.nbytes:
         raise _corrupt(where, "the shard's header is longer than the shard")
+    if manifest.shard.header_nbytes > MAX_HEADER_NBYTES:
+        raise _corrupt(where, "the shard's header is longer than any")
     for info in manifest.slices:
         _check_slice(info, where)
     names = [info.name for info in manifest.slices]
@@ -180,11 +190,17 @@ def _check(manifest: Manifest, where: str) -> None:
 def _check_slice(info: SliceInfo, where: str) -> None:
     dtype = dtype_named(info.dtype)
     if dtype is None:
-        raise _corrupt(where, f"tensor {info.name[:200]!r} has the unknown dtype {info.dtype!r}")
+        raise _corrupt(
+            where, f"tensor {info.name[:200]!r} has no dtype that is known: {info.dtype[:50]!r}"
+        )
     rows = info.shape[0] if info.shape else 1
     nbytes = info.length * math.prod(info.shape[1:]) * dtype.itemsize
     if info.offset + info.length > rows or info.begin + nbytes != info.end:
         raise _corrupt(where, f"tensor {info.name[:200]!r} does not have the bytes of its shape")
+    if math.prod(max(n, 1) for n in info.shape) * dtype.itemsize >= 2**62:
+        raise _corrupt(where, f"tensor {info.name[:200]!r} has a shape beyond any memory")
+    if info.begin % dtype.itemsize:
+        raise _corrupt(where, f"tensor {info.name[:200]!r} is not aligned to its dtype")
     if Scope(info.scope) is not Scope.REPLICATED and info.length != rows:
         raise _corrupt(where, f"tensor {info.name[:200]!r} is cut, but not replicated")
     if len(info.blocks) != -(-nbytes // BLOCK):

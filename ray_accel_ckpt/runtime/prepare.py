@@ -3,14 +3,93 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
 
 from ray_accel_ckpt.errors import ConfigurationError
+from ray_accel_ckpt.runtime.ray_run import training_device
+from ray_accel_ckpt.runtime.session import Session
+from ray_accel_ckpt.state.bundle import StateBundle
+from ray_accel_ckpt.state.loader import PreparedLoader
+from ray_accel_ckpt.state.model import ModelPart
+from ray_accel_ckpt.state.optimizer import OptimizerPart
+
+
+class Preparer:
+    """Makes objects part of a bundle, and what the loop uses in their place.
+
+    Attributes:
+        window_open: gradients are being accumulated: a model went forward with
+            gradients enabled since the last optimizer step.
+    """
+
+    def __init__(
+        self,
+        bundle: StateBundle,
+        session: Session,
+        *,
+        scaler: torch.amp.GradScaler | None,
+        ddp_kwargs: Mapping[str, Any],
+    ) -> None:
+        self._bundle, self._session = bundle, session
+        self._scaler, self._ddp_kwargs = scaler, dict(ddp_kwargs)
+        self.window_open = False
+
+    @cached_property
+    def device(self) -> torch.device:
+        return training_device()
+
+    def prepare(self, obj: Any) -> Any:
+        """See `Checkpointer.prepare`. What is prepared already comes back as it is."""
+        self._session.agree()
+        group = self._session.group
+        if self._is_prepared(obj):
+            return obj
+        if isinstance(obj, nn.Module):
+            model = prepare_model(
+                obj, self.device, world_size=group.world_size, ddp_kwargs=self._ddp_kwargs
+            )
+            model.register_forward_pre_hook(self._on_forward)
+            self._bundle.add_model(model)
+            return model
+        if isinstance(obj, Optimizer):
+            prepared = prepare_optimizer(obj, self._scaler, self._on_step)
+            self._bundle.add_optimizer(obj)
+            return prepared
+        if isinstance(obj, DataLoader):
+            loader = PreparedLoader(
+                obj,
+                name=self._bundle.next_loader_name(),
+                seed=self._session.seed,
+                rank=group.rank,
+                world_size=group.world_size,
+                device=self.device,
+            )
+            self._bundle.add(loader)
+            return loader
+        if isinstance(obj, LRScheduler):
+            self._bundle.add_scheduler(obj)
+        return obj
+
+    def _is_prepared(self, obj: Any) -> bool:
+        models = [part.model for part in self._bundle.of_type(ModelPart)]
+        optimizers = [part.optimizer for part in self._bundle.of_type(OptimizerPart)]
+        known = any(obj is each for each in (*models, *optimizers))
+        return known or isinstance(obj, (ScaledOptimizer, PreparedLoader))
+
+    def _on_forward(self, module: nn.Module, args: Any) -> None:
+        if torch.is_grad_enabled():
+            self.window_open = True
+
+    def _on_step(self) -> None:
+        self.window_open = False
 
 
 class PinnedDDP(DistributedDataParallel):

@@ -61,7 +61,7 @@ class Cursor:
             "epoch": self.epoch,
             "consumed": self.consumed,
             "started": self.started,
-            "spent": self.ended,
+            "spent": self.ended or self.spent,
         }
 
     def load(self, state: dict[str, Any]) -> None:

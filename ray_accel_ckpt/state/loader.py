@@ -22,7 +22,7 @@ from torch.utils.data import (
 from ray_accel_ckpt.errors import ConfigurationError, ElasticDataError
 from ray_accel_ckpt.state.cursor import Cursor, Dealer, FromSampler, Order, Sequential, Shuffled
 from ray_accel_ckpt.state.part import Captured, Differences, SavedPart, Scope, captured_tree
-from ray_accel_ckpt.state.rng import derived_seed, untouched
+from ray_accel_ckpt.state.rng import OwnStreams, derived_seed
 from ray_accel_ckpt.state.seeding import SeededDataset, identity
 from ray_accel_ckpt.state.tree import unflatten
 
@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 # One count for all loaders of the process: tells which passes were nested in which.
 _ticks = itertools.count(1)
+_END = object()
 
 
 def next_tick() -> int:
@@ -159,8 +160,11 @@ class PreparedLoader:
         if cursor.spent:
             cursor.spent = False
             return
-        self._generator.manual_seed(derived_seed(cursor.seed, cursor.epoch, "workers"))
-        batches = iter(self._loader)
+        seed = derived_seed(cursor.seed, cursor.epoch, "workers")
+        self._generator.manual_seed(seed)
+        own = OwnStreams(seed)
+        with own.scope():
+            batches = iter(self._loader)
         skip = cursor.consumed
         if skip:
             logger.warning(
@@ -169,9 +173,14 @@ class PreparedLoader:
                 self.name,
                 skip,
             )
-            with untouched():
+            with own.scope():
                 collections.deque(itertools.islice(batches, skip), maxlen=0)
-        yield from enumerate(batches, start=skip + 1)
+        for consumed in itertools.count(skip + 1):
+            with own.scope():
+                batch = next(batches, _END)
+            if batch is _END:
+                return
+            yield consumed, batch
 
     # --- as a part of the bundle -------------------------------------------------------
 

@@ -66,17 +66,45 @@ def seed_all(seed: int) -> None:
 @contextlib.contextmanager
 def untouched() -> Iterator[None]:
     """Whatever is drawn inside, the host streams are afterwards as they were before."""
-    python, numpy, host = (
+    before = _host_state()
+    try:
+        yield
+    finally:
+        _set_host_state(before)
+
+
+class OwnStreams:
+    """Host streams of somebody's own, which go on from one scope to the next."""
+
+    def __init__(self, seed: int) -> None:
+        with untouched():
+            seed_host(seed)
+            self._state = _host_state()
+
+    @contextlib.contextmanager
+    def scope(self) -> Iterator[None]:
+        """What is drawn inside is drawn from these streams, not from the process's."""
+        with untouched():
+            _set_host_state(self._state)
+            try:
+                yield
+            finally:
+                self._state = _host_state()
+
+
+def _host_state() -> tuple[Any, ...]:
+    return (
         random.getstate(),
         np.random.get_state(legacy=False),
         torch.default_generator.get_state(),
     )
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.default_generator.set_state(host)
+
+
+def _set_host_state(state: tuple[Any, ...]) -> None:
+    python, numpy, host = state
+    random.setstate(python)
+    np.random.set_state(numpy)
+    torch.default_generator.set_state(host)
 
 
 def _accelerator_generators() -> tuple[torch.Generator, ...]:

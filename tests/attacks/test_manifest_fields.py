@@ -9,8 +9,10 @@ import pytest
 from tests.attacks.conftest import Victim
 
 
-def _slice(body: dict[str, Any], n: int = 0) -> dict[str, Any]:
-    return body["slices"][n]  # type: ignore[no-any-return]
+def _slice(body: dict[str, Any]) -> dict[str, Any]:
+    """The record of a float32 tensor of shape [3, 7]."""
+    (found,) = (piece for piece in body["slices"] if piece["name"] == "model/0.weight")
+    return found  # type: ignore[no-any-return]
 
 
 def test_what_is_only_rewritten_is_accepted(victim: Victim) -> None:
@@ -62,7 +64,7 @@ def test_a_range_that_is_not_true(victim: Victim, field: str, value: Any) -> Non
 
 def test_ranges_moved_together(victim: Victim) -> None:
     def change(body: dict[str, Any]) -> None:
-        piece = _slice(body, -1)
+        piece = _slice(body)
         piece["begin"], piece["end"] = piece["begin"] - 4, piece["end"] - 4
 
     victim.edit(change)
@@ -144,7 +146,7 @@ def test_an_empty_shape_that_torch_cannot_hold(victim: Victim, shape: list[int])
 
 
 def test_a_tensor_named_twice(victim: Victim) -> None:
-    victim.edit(lambda body: _slice(body, 1).update(name=_slice(body, 0)["name"]))
+    victim.edit(lambda body: body["slices"][0].update(name=body["slices"][1]["name"]))
     victim.refuses("twice")
 
 
@@ -229,14 +231,6 @@ def test_a_member_left_out(victim: Victim, field: str) -> None:
 def test_parts_that_speak_of_tensors_that_are_not_there(victim: Victim) -> None:
     def change(body: dict[str, Any]) -> None:
         body["parts"]["shared"]["value"]["moments"]["name"] = "shared/gone"
-
-    victim.edit(change)
-    victim.refuses("no shard holds")
-
-
-def test_parts_that_speak_of_tensors_of_other_parts(victim: Victim) -> None:
-    def change(body: dict[str, Any]) -> None:
-        body["parts"]["shared"]["value"]["moments"]["name"] = "model/0.weight"
 
     victim.edit(change)
     victim.refuses("no shard holds")
