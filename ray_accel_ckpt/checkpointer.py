@@ -345,7 +345,7 @@ class Checkpointer:
         captured = self._bundle.capture(
             weights=self._hooks.weights(models, sink.path),
             replayed=self._watch.replayed(),
-            with_gradients=self._preparer.window_open,
+            with_gradients=self._preparer.window.open,
         )
         step, epoch = self._position()
         sink.save(captured, self._slots, step=step, epoch=epoch, metrics=metrics)
@@ -380,8 +380,8 @@ class Checkpointer:
         if not complete:
             return
         same = stored == self._session.group.world_size
-        self._preparer.window_open = same and "gradients" in restored.snapshot.manifests[0].parts
-        if not self._preparer.window_open:
+        self._preparer.window.open = same and "gradients" in restored.snapshot.manifests[0].parts
+        if not self._preparer.window.open:
             self._bundle.gradients.clear()
         if rank >= stored:
             logger.warning(
@@ -393,5 +393,5 @@ class Checkpointer:
             session = self._session
             rng.seed_all(rng.derived_seed(session.seed, rank, session.attempt))
         self.resumed_from = restored.path
-        self._saved_at = self._position()
+        self._saved_at = (self._global_step, self._epoch)
         logger.info("resumed from %s at step %d", restored.path, self._global_step)

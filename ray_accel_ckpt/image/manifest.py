@@ -117,9 +117,21 @@ def parse_name(file: str) -> tuple[str, int, int] | None:
 
 
 def encode(manifest: Manifest) -> bytes:
-    """The bytes of the file."""
+    """The bytes of the file.
+
+    Raises:
+        UnsupportedStateError: it would be too long to be read again.
+    """
     text = json.dumps(manifest.model_dump(mode="python"), separators=(",", ":"), allow_nan=False)
     body = text.encode("ascii")
+    if len(body) > MAX_NBYTES - 64:
+        largest = max(manifest.parts, key=lambda name: len(json.dumps(manifest.parts[name].value)))
+        raise errors.UnsupportedStateError(
+            f"a manifest of {len(body)} bytes is too long",
+            where=largest,
+            why=f"the limit is {MAX_NBYTES}; this part has the most values that are no tensors",
+            remedy="return tensors or numpy arrays from its state_dict(), not long lists",
+        )
     return _PREFIX + _digest(body).encode() + _MIDDLE + body + _SUFFIX
 
 

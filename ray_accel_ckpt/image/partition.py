@@ -18,6 +18,7 @@ import xxhash
 
 from ray_accel_ckpt.errors import UnsupportedStateError
 from ray_accel_ckpt.image.dtypes import STORED, name_of
+from ray_accel_ckpt.image.manifest import MAX_DIMENSIONS, MAX_NAME
 from ray_accel_ckpt.state.part import Captured, Scope
 
 
@@ -64,18 +65,12 @@ def specs_of(captured: Mapping[str, Captured]) -> list[TensorSpec]:
     """Every tensor of a captured bundle, by name.
 
     Raises:
-        UnsupportedStateError: a dtype that the format does not have.
+        UnsupportedStateError: a dtype, a name or a shape that the format does not have.
     """
     specs = []
     for part in captured.values():
         for name, tensor in part.tensors.items():
-            if tensor.dtype not in STORED:
-                raise UnsupportedStateError(
-                    f"cannot save a tensor of {tensor.dtype}",
-                    where=name,
-                    why="the format has no such dtype",
-                    remedy="save it as one of: " + ", ".join(name_of(d) for d in STORED),
-                )
+            _refuse_unsupported(name, tensor)
             shape = tuple(tensor.shape)
             specs.append(
                 TensorSpec(name=name, dtype=tensor.dtype, shape=shape, scope=part.scopes[name])
@@ -116,6 +111,39 @@ def plan_digest(specs: Iterable[TensorSpec], *, world_size: int) -> str:
     line = [[s.name, name_of(s.dtype), list(s.shape)] for s in specs if s.scope is Scope.REPLICATED]
     text = json.dumps([world_size, line], separators=(",", ":"))
     return xxhash.xxh3_128_hexdigest(text.encode())
+
+
+def _refuse_unsupported(name: str, tensor: torch.Tensor) -> None:
+    if tensor.dtype not in STORED:
+        raise UnsupportedStateError(
+            f"cannot save a tensor of {tensor.dtype}",
+            where=name,
+            why="the format has no such dtype",
+            remedy="save it as one of: " + ", ".join(name_of(d) for d in STORED),
+        )
+    if len(name) > MAX_NAME or not _is_text(name):
+        raise UnsupportedStateError(
+            "cannot save a tensor of this name",
+            where=ascii(name[:200]),
+            why=f"a name has at most {MAX_NAME} characters, all of them Unicode text",
+            remedy="shorten the keys of the state_dict() it is in",
+        )
+    if tensor.dim() > MAX_DIMENSIONS:
+        raise UnsupportedStateError(
+            f"cannot save a tensor of {tensor.dim()} dimensions",
+            where=name,
+            why=f"the format has at most {MAX_DIMENSIONS}",
+            remedy="save it reshaped",
+        )
+
+
+def _is_text(name: str) -> bool:
+    """Whether UTF-8 can spell it: a lone surrogate is in no safetensors file and no manifest."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _rows_before(position: int, spec: TensorSpec) -> int:

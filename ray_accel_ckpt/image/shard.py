@@ -11,7 +11,9 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from ray_accel_ckpt.errors import UnsupportedStateError
 from ray_accel_ckpt.image.dtypes import STORED
+from ray_accel_ckpt.image.manifest import MAX_HEADER_NBYTES
 from ray_accel_ckpt.image.partition import Slice
 
 ALIGNMENT = 64
@@ -42,7 +44,11 @@ class Layout:
 
 
 def plan(slices: Iterable[Slice]) -> Layout:
-    """Lay slices out. The same slices give the same bytes."""
+    """Lay slices out. The same slices give the same bytes.
+
+    Raises:
+        UnsupportedStateError: there are more tensors than safetensors' header has room for.
+    """
     ordered = sorted(slices, key=lambda s: (-s.spec.dtype.itemsize, s.spec.name))
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -60,6 +66,13 @@ def plan(slices: Iterable[Slice]) -> Layout:
     text = json.dumps(entries, separators=(",", ":")).encode("ascii")
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
     header = len(text).to_bytes(8, "little") + text
+    if len(header) > MAX_HEADER_NBYTES:
+        raise UnsupportedStateError(
+            f"too many tensors for one shard: {len(ordered)}",
+            why=f"their names and shapes take {len(header)} bytes, the limit of safetensors "
+            f"is {MAX_HEADER_NBYTES}",
+            remedy="join small tensors into larger ones",
+        )
     placed = tuple(
         Placed(slice=piece, begin=len(header) + begin, end=len(header) + end)
         for piece, (begin, end) in zip(ordered, offsets, strict=True)

@@ -22,13 +22,30 @@ from ray_accel_ckpt.state.model import ModelPart
 from ray_accel_ckpt.state.optimizer import OptimizerPart
 
 
-class Preparer:
-    """Makes objects part of a bundle, and what the loop uses in their place.
+class AccumulationWindow:
+    """Whether gradients are being accumulated: a model went forward with gradients
+    enabled since the last optimizer step.
 
-    Attributes:
-        window_open: gradients are being accumulated: a model went forward with
-            gradients enabled since the last optimizer step.
+    It is a forward hook of prepared models, and they may be copied and pickled:
+    so it holds nothing else, and a copy of a model reports to the same window.
     """
+
+    def __init__(self) -> None:
+        self.open = False
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if torch.is_grad_enabled():
+            self.open = True
+
+    def __deepcopy__(self, memo: Any) -> AccumulationWindow:
+        return self
+
+    def close(self) -> None:
+        self.open = False
+
+
+class Preparer:
+    """Makes objects part of a bundle, and what the loop uses in their place."""
 
     def __init__(
         self,
@@ -40,7 +57,7 @@ class Preparer:
     ) -> None:
         self._bundle, self._session = bundle, session
         self._scaler, self._ddp_kwargs = scaler, dict(ddp_kwargs)
-        self.window_open = False
+        self.window = AccumulationWindow()
 
     @cached_property
     def device(self) -> torch.device:
@@ -56,11 +73,11 @@ class Preparer:
             model = prepare_model(
                 obj, self.device, world_size=group.world_size, ddp_kwargs=self._ddp_kwargs
             )
-            model.register_forward_pre_hook(self._on_forward)
+            model.register_forward_pre_hook(self.window)
             self._bundle.add_model(model)
             return model
         if isinstance(obj, Optimizer):
-            prepared = prepare_optimizer(obj, self._scaler, self._on_step)
+            prepared = prepare_optimizer(obj, self._scaler, self.window.close)
             self._bundle.add_optimizer(obj)
             return prepared
         if isinstance(obj, DataLoader):
@@ -83,13 +100,6 @@ class Preparer:
         optimizers = [part.optimizer for part in self._bundle.of_type(OptimizerPart)]
         known = any(obj is each for each in (*models, *optimizers))
         return known or isinstance(obj, (ScaledOptimizer, PreparedLoader))
-
-    def _on_forward(self, module: nn.Module, args: Any) -> None:
-        if torch.is_grad_enabled():
-            self.window_open = True
-
-    def _on_step(self) -> None:
-        self.window_open = False
 
 
 class PinnedDDP(DistributedDataParallel):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -109,14 +109,20 @@ class Restorer:
         staged = self._agreed(lambda: self._read(snapshot, wanted))
         tensors = _Destination(plan, snapshot, self.group.rank, self.device)
         self._deal(wanted, staged, tensors, live=False)
-        states = self._agreed(
-            lambda: [unflatten(saved.value, tensors.all) for _, saved in plan.parts]
-        )
+        states = self._agreed(lambda: self._understood(plan, tensors))
         # All of it is read, proved and understood, on every rank. From here on state changes.
         self._deal(wanted, staged, tensors, live=True)
         for (part, _), state in zip(plan.parts, states, strict=True):
             part.apply(state)
         return Restored(snapshot=snapshot, path=path)
+
+    def _understood(self, plan: Plan, tensors: _Destination) -> list[Any]:
+        states = []
+        for part, saved in plan.parts:
+            state = unflatten(saved.value, tensors.all)
+            part.check(state)
+            states.append(state)
+        return states
 
     def _open(self, path: str) -> Snapshot:
         snapshot = open_snapshot(self.filesystem, path)
@@ -260,6 +266,8 @@ def _chunks(infos: list[SliceInfo]) -> Iterator[list[_Piece]]:
     chunk: list[_Piece] = []
     room = _CHUNK
     for info in infos:
+        if info.begin == info.end:
+            continue
         rows = max(1, info.length)
         row_nbytes = max(1, (info.end - info.begin) // rows)
         start = 0

@@ -21,7 +21,14 @@ from torch.utils.data import (
 
 from ray_accel_ckpt.errors import ConfigurationError, ElasticDataError
 from ray_accel_ckpt.state.cursor import Cursor, Dealer, FromSampler, Order, Sequential, Shuffled
-from ray_accel_ckpt.state.part import Captured, Differences, SavedPart, Scope, captured_tree
+from ray_accel_ckpt.state.part import (
+    Captured,
+    Differences,
+    SavedPart,
+    Scope,
+    captured_tree,
+    require,
+)
 from ray_accel_ckpt.state.rng import OwnStreams, derived_seed
 from ray_accel_ckpt.state.seeding import SeededDataset, identity
 from ray_accel_ckpt.state.tree import unflatten
@@ -198,6 +205,7 @@ class PreparedLoader:
 
     def compare(self, saved: SavedPart, differences: Differences) -> None:
         state = unflatten(saved.value, {})
+        state = state if isinstance(state, dict) else {}
         units = None if self._iterable else self._order.units
         if state.get("units") != units:
             differences.differing.append(
@@ -213,6 +221,15 @@ class PreparedLoader:
 
     def targets(self, saved: SavedPart) -> Mapping[str, torch.Tensor]:
         return {}
+
+    def check(self, state: Any) -> None:
+        wanted = {*self.cursor.state(replay=False), "units", "world_size"}
+        known = isinstance(state, dict) and set(state) == wanted
+        counts = known and all(
+            type(state[n]) is int for n in ("seed", "epoch", "consumed", "world_size")
+        )
+        sound = counts and state["consumed"] >= 0 and state["epoch"] >= 0
+        require(sound, self.name, "expected a position in the data")
 
     def apply(self, state: Any) -> None:
         self.cursor.load(state)

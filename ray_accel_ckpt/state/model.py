@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ray_accel_ckpt.state.part import Captured, Differences, SavedPart, Scope
-from ray_accel_ckpt.state.tree import Json, flatten
+from ray_accel_ckpt.state.part import Captured, Differences, SavedPart, Scope, require
+from ray_accel_ckpt.state.tree import encoded_items, flatten, tensor_ref
 
 _EXTRA_STATE = "_extra_state"
 
@@ -66,14 +66,14 @@ class ModelPart:
         )
 
     def compare(self, saved: SavedPart, differences: Differences) -> None:
-        live, stored = self.module.state_dict(), _entries(saved, self.name)
+        live, stored = self.module.state_dict(), _entries(saved)
         differences.missing += [
             f"{self.name}/{n}" for n in live if n not in stored and n not in saved.omitted
         ]
         differences.unexpected += [f"{self.name}/{n}" for n in stored if n not in live]
         for name, tensor in live.items():
             ref = stored.get(name)
-            if not isinstance(tensor, torch.Tensor) or ref is None:
+            if not isinstance(tensor, torch.Tensor) or ref is None or _is_extra(name):
                 continue
             spec = saved.tensors.get(ref)
             if spec is None or (spec.dtype, spec.shape) != (tensor.dtype, tuple(tensor.shape)):
@@ -84,24 +84,28 @@ class ModelPart:
                 )
 
     def targets(self, saved: SavedPart) -> Mapping[str, torch.Tensor]:
-        stored = _entries(saved, self.name)
+        stored = _entries(saved)
         targets = {}
         for name, tensor in self.module.state_dict().items():
             ref = stored.get(name)
-            if not isinstance(tensor, torch.Tensor) or ref is None:
+            if not isinstance(tensor, torch.Tensor) or ref is None or _is_extra(name):
                 continue
             spec = saved.tensors.get(ref)
             if spec is not None and (spec.dtype, spec.shape) == (tensor.dtype, tuple(tensor.shape)):
                 targets[ref] = tensor
         return targets
 
+    def check(self, state: Any) -> None:
+        require(isinstance(state, Mapping), self.name, "expected a state dict")
+
     def apply(self, state: Any) -> None:
         live = self.module.state_dict()
         with torch.no_grad():
             for name, saved in state.items():
-                if name.endswith(_EXTRA_STATE):
-                    owner = name.removesuffix(_EXTRA_STATE).rstrip(".")
-                    self.module.get_submodule(owner).set_extra_state(saved)
+                if _is_extra(name):
+                    if name in live:
+                        owner = name.rpartition(".")[0]
+                        self.module.get_submodule(owner).set_extra_state(saved)
                     continue
                 # Tied weights are stored once: the names beside the target are filled from it
                 # unless they are the very same memory.
@@ -126,14 +130,11 @@ class ModelPart:
         return Scope.RANK_ZERO if handed_out else Scope.PER_RANK
 
 
-def _entries(saved: SavedPart, part: str) -> dict[str, str]:
+def _is_extra(name: str) -> bool:
+    """Whether `get_extra_state` returned it: a value of any kind, a tensor of any shape."""
+    return name.rpartition(".")[2] == _EXTRA_STATE
+
+
+def _entries(saved: SavedPart) -> dict[str, str]:
     """Names of the stored state dict, each with the tensor that holds it ("" for extra state)."""
-    value = saved.value
-    if isinstance(value, dict) and "pairs" in value:
-        return {k: _ref(v) for k, v in value["pairs"] if isinstance(k, str)}
-    return {k: _ref(v) for k, v in value.items()} if isinstance(value, dict) else {}
-
-
-def _ref(value: Json) -> str:
-    is_tensor = isinstance(value, dict) and value.get("!") == "tensor"
-    return str(value["name"]) if is_tensor else ""
+    return {name: tensor_ref(value) for name, value in encoded_items(saved.value).items()}

@@ -14,8 +14,20 @@ import torch
 from torch.optim import Optimizer
 
 from ray_accel_ckpt.errors import CorruptCheckpointError
-from ray_accel_ckpt.state.part import Captured, Differences, SavedPart, Scope, captured_tree
+from ray_accel_ckpt.state.part import (
+    Captured,
+    Differences,
+    SavedPart,
+    Scope,
+    captured_tree,
+    require,
+)
 from ray_accel_ckpt.state.tree import Json
+
+# What torch's element-wise optimizers keep in the shape of the parameter.
+_LIKE_PARAMETER = frozenset(
+    ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "grad_avg", "acc_delta")
+)
 
 Index = Callable[[], Mapping[int, str]]
 
@@ -62,6 +74,18 @@ class OptimizerPart:
 
     def targets(self, saved: SavedPart) -> Mapping[str, torch.Tensor]:
         return {}
+
+    def check(self, state: Any) -> None:
+        shapes = dict(zip(self._names(), (p.shape for p in self._parameters()), strict=True))
+        known = isinstance(state, dict) and {"state", "groups"} <= set(state)
+        sound = known and isinstance(state["state"], dict)
+        require(sound, self.name, "expected state and groups")
+        for name, saved in state["state"].items():
+            require(isinstance(saved, dict), self.name, f"the state of {name!r} is no dict")
+            for key, value in saved.items():
+                alike = key not in _LIKE_PARAMETER or name not in shapes
+                fits = alike or (isinstance(value, torch.Tensor) and value.shape == shapes[name])
+                require(fits, self.name, f"{key} of {name!r} has not the parameter's shape")
 
     def apply(self, state: Any) -> None:
         names = self._names()

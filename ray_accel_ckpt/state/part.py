@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
+from ray_accel_ckpt.errors import CorruptCheckpointError
 from ray_accel_ckpt.state.tree import Json, flatten
 
 
@@ -95,9 +96,27 @@ class Part(Protocol):
         """Live tensors to copy stored ones into, by name; the others are allocated anew."""
         ...
 
+    def check(self, state: Any) -> None:
+        """Raise `CorruptCheckpointError` if `state` is no tree that this part writes.
+
+        A manifest may come from anyone: what would fail half-way through
+        `apply` has to be known before any part is applied.
+        """
+        ...
+
     def apply(self, state: Any) -> None:
         """Set the object's state to the saved tree, with tensors of `targets` already filled."""
         ...
+
+
+def require(holds: bool, name: str, why: str) -> None:
+    """Raise `CorruptCheckpointError` unless the state of part `name` holds what it must."""
+    if not holds:
+        raise CorruptCheckpointError(
+            f"the state of part {name!r} is not one that this part writes",
+            why=why,
+            remedy="use another checkpoint",
+        )
 
 
 def captured_tree(

@@ -8,7 +8,15 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from ray_accel_ckpt.state import rng
-from ray_accel_ckpt.state.part import Captured, Differences, SavedPart, Scope, captured_tree
+from ray_accel_ckpt.state.part import (
+    Captured,
+    Differences,
+    SavedPart,
+    Scope,
+    captured_tree,
+    require,
+)
+from ray_accel_ckpt.state.tree import encoded_items, tensor_ref
 
 
 @runtime_checkable
@@ -29,6 +37,9 @@ class _Plain:
     def targets(self, saved: SavedPart) -> Mapping[str, torch.Tensor]:
         del saved
         return {}
+
+    def check(self, state: Any) -> None:
+        del state
 
 
 class ObjectPart(_Plain):
@@ -58,12 +69,11 @@ class ObjectPart(_Plain):
         if not isinstance(self.object, torch.nn.Module):
             return
         live = self.object.state_dict()
-        stored = saved.value if isinstance(saved.value, dict) else {}
-        stored = dict(stored["pairs"]) if "pairs" in stored else stored
+        stored = encoded_items(saved.value)
         differences.missing += [f"{self.name}/{n}" for n in live if n not in stored]
         differences.unexpected += [f"{self.name}/{n}" for n in stored if n not in live]
         for name, tensor in live.items():
-            spec = saved.tensors.get(stored[name].get("name", "")) if name in stored else None
+            spec = saved.tensors.get(tensor_ref(stored[name])) if name in stored else None
             if spec and (spec.dtype, spec.shape) != (tensor.dtype, tuple(tensor.shape)):
                 differences.differing.append(
                     f"{self.name}/{name} (checkpoint: {spec.dtype} {list(spec.shape)}, "
@@ -88,6 +98,14 @@ class GradientPart(_Plain):
         return captured_tree(
             gradients, name=self.name, kind=self.kind, scope=Scope.PER_RANK, per_rank=True
         )
+
+    def check(self, state: Any) -> None:
+        shapes = {name: parameter.shape for name, parameter in self._named()}
+        tensors = isinstance(state, dict) and all(
+            isinstance(g, torch.Tensor) and shapes.get(name, g.shape) == g.shape
+            for name, g in state.items()
+        )
+        require(tensors, self.name, "expected a gradient of its shape for each parameter")
 
     def apply(self, state: Any) -> None:
         for name, parameter in self._named():
@@ -115,6 +133,12 @@ class RngPart(_Plain):
             rng.capture(), name=self.name, kind=self.kind, scope=Scope.PER_RANK, per_rank=True
         )
 
+    def check(self, state: Any) -> None:
+        try:
+            rng.check(state)
+        except (TypeError, ValueError, KeyError, RuntimeError, AttributeError) as e:
+            require(False, self.name, f"{type(e).__name__}: {e}")
+
     def apply(self, state: Any) -> None:
         rng.restore(state)
 
@@ -131,6 +155,12 @@ class ProgressPart(_Plain):
 
     def capture(self) -> Captured:
         return captured_tree(self._read(), name=self.name, kind=self.kind, scope=Scope.RANK_ZERO)
+
+    def check(self, state: Any) -> None:
+        known = isinstance(state, dict) and set(state) == set(self._read())
+        counts = known and all(type(value) is int for value in state.values())
+        sound = counts and min(state["global_step"], state["epoch"]) >= 0
+        require(sound, self.name, f"expected the counters {', '.join(self._read())}")
 
     def apply(self, state: Any) -> None:
         self._write(**state)

@@ -31,6 +31,16 @@ def capture() -> dict[str, Any]:
     }
 
 
+def check(state: dict[str, Any]) -> None:
+    """Try `state` on generators of no consequence; raises whatever they raise."""
+    random.Random().setstate(state["python"])  # noqa: S311 - drawn from by nobody
+    np.random.RandomState().set_state(state["numpy"])
+    torch.Generator().set_state(state["torch"])
+    for saved in state["accelerator"]:
+        if saved.dtype != torch.uint8:
+            raise TypeError(f"a generator's state is uint8, not {saved.dtype}")
+
+
 def restore(state: dict[str, Any]) -> None:
     """Set every stream to what `capture` returned.
 

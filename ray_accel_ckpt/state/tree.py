@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import collections
 import math
+import re
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,10 +24,12 @@ from ray_accel_ckpt.errors import CorruptCheckpointError, UnsupportedStateError
 
 Json: TypeAlias = Any
 TAG = "!"
-_DEPTH = 200
+_DEPTH = 100
 _SAFE_INT = 2**53
 # numpy kinds whose bytes are their value: bool, ints, floats, complex, text, dates
 _NUMPY_KINDS = "biufcSUMm"
+_NUMPY_DTYPE = re.compile(rf"[<>|][{_NUMPY_KINDS}]\d+(\[\w+\])?")
+_DTYPES = {str(d).removeprefix("torch."): d for d in vars(torch).values() if type(d) is torch.dtype}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +67,7 @@ def unflatten(value: Json, tensors: Mapping[str, torch.Tensor]) -> Any:
         return _decode(value, tensors)
     except CorruptCheckpointError:
         raise
-    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, RecursionError) as e:
+    except (LookupError, TypeError, ValueError, OverflowError, AttributeError, RuntimeError) as e:
         raise CorruptCheckpointError(
             "a value in the manifest is not tagged JSON of this format",
             why=f"{type(e).__name__}: {e}",
@@ -85,6 +88,24 @@ def tensor_refs(value: Json) -> dict[str, str]:
                 found[item["name"]] = str(item.get("device", "cpu"))
             stack.extend(item.values())
     return found
+
+
+def encoded_items(value: Json) -> dict[str, Json]:
+    """The members of an encoded dict, values still encoded; nothing if it is no such thing."""
+    if not isinstance(value, dict):
+        return {}
+    if TAG not in value:
+        return value
+    pairs = value.get("pairs")
+    pairs = pairs if isinstance(pairs, list) else []
+    sound = [pair for pair in pairs if isinstance(pair, list) and len(pair) == 2]
+    return {key: member for key, member in sound if isinstance(key, str)}
+
+
+def tensor_ref(value: Json) -> str:
+    """The name of the tensor that an encoded value stands for, "" if it is none."""
+    is_tensor = isinstance(value, dict) and value.get(TAG) == "tensor"
+    return str(value.get("name", "")) if is_tensor else ""
 
 
 def same_view(tensor: torch.Tensor) -> tuple[Any, ...]:
@@ -119,7 +140,8 @@ class _Flattener:
         if isinstance(value, np.ndarray) and type(value) is np.ndarray:
             return self._ndarray(value, path)
         if isinstance(value, np.generic) and value.dtype.kind in _NUMPY_KINDS:
-            return {TAG: "numpy", "dtype": value.dtype.str, "data": _b64(value.tobytes())}
+            data = value.tobytes()[: value.dtype.itemsize]  # an empty text has four bytes of zeros
+            return {TAG: "numpy", "dtype": value.dtype.str, "data": _b64(data)}
         kind = type(value)
         raise UnsupportedStateError(
             f"cannot save a {kind.__module__}.{kind.__qualname__}",
@@ -174,8 +196,14 @@ class _Flattener:
             name = f"{path}~{n}"
         return name
 
-    def _none_bool_str(self, value: Any, path: str, depth: int) -> Json:
+    def _none_bool(self, value: Any, path: str, depth: int) -> Json:
         return value
+
+    def _str(self, value: str, path: str, depth: int) -> Json:
+        if _is_text(value):
+            return value
+        # JSON would join two surrogates to one character.
+        return {TAG: "str", "data": _b64(value.encode("utf-8", "surrogatepass"))}
 
     def _int(self, value: int, path: str, depth: int) -> Json:
         return value if abs(value) < _SAFE_INT else {TAG: "int", "hex": hex(value)}
@@ -199,7 +227,8 @@ class _Flattener:
         return {TAG: "deque", "maxlen": value.maxlen, "items": self._items(value, path, depth)}
 
     def _dict(self, value: dict[Any, Any], path: str, depth: int) -> Json:
-        plain = type(value) is dict and all(type(k) is str for k in value) and TAG not in value
+        texts = all(type(k) is str and _is_text(k) for k in value)
+        plain = type(value) is dict and texts and TAG not in value
         if plain:
             return {k: self.encode(v, f"{path}/{k}", depth + 1) for k, v in value.items()}
         pairs = [
@@ -220,9 +249,9 @@ class _Flattener:
 
 _Encoder = Callable[[_Flattener, Any, str, int], Json]
 _ENCODERS: dict[type, _Encoder] = {
-    type(None): _Flattener._none_bool_str,
-    bool: _Flattener._none_bool_str,
-    str: _Flattener._none_bool_str,
+    type(None): _Flattener._none_bool,
+    bool: _Flattener._none_bool,
+    str: _Flattener._str,
     int: _Flattener._int,
     float: _Flattener._float,
     complex: _Flattener._complex,
@@ -258,38 +287,58 @@ def _decode(value: Json, tensors: Mapping[str, torch.Tensor]) -> Any:
 
 
 def _decode_items(value: Json, tensors: Mapping[str, torch.Tensor]) -> list[Any]:
-    return [_decode(v, tensors) for v in value["items"]]
+    return [_decode(v, tensors) for v in _list(value["items"])]
 
 
 def _decode_pairs(value: Json, tensors: Mapping[str, torch.Tensor]) -> list[tuple[Any, Any]]:
-    return [(_decode(k, tensors), _decode(v, tensors)) for k, v in value["pairs"]]
+    pairs = [_list(pair) for pair in _list(value["pairs"])]
+    return [(_decode(k, tensors), _decode(v, tensors)) for k, v in pairs]
 
 
-def _decode_dtype(value: Json, tensors: Mapping[str, torch.Tensor]) -> torch.dtype:
-    dtype = getattr(torch, value["value"])
-    if not isinstance(dtype, torch.dtype):
-        raise TypeError(f"{value['value']!r} is no dtype")
-    return dtype
-
-
-def _decode_ndarray(value: Json, tensors: Mapping[str, torch.Tensor]) -> Any:
+def _decode_ndarray(value: Json, tensors: Mapping[str, torch.Tensor]) -> np.ndarray[Any, Any]:
     raw = tensors[value["name"]].cpu().numpy().tobytes()
-    shape = [int(n) for n in value["shape"]]
-    return np.frombuffer(raw, dtype=_numpy_dtype(value["dtype"])).reshape(shape).copy()
+    return _array(raw, value["dtype"], _lengths(value["shape"]))
 
 
-def _numpy_dtype(text: str) -> np.dtype[Any]:
-    dtype = np.dtype(text)
-    if dtype.hasobject:
-        raise ValueError(f"dtype {text!r} holds Python objects")
-    return dtype
+def _array(raw: bytes, dtype: str, shape: list[int]) -> np.ndarray[Any, Any]:
+    # numpy reads much more out of a text than `dtype.str` puts into one, objects among it.
+    if not _NUMPY_DTYPE.fullmatch(dtype):
+        raise ValueError(f"{dtype!r} is no numpy dtype of this format")
+    kind = np.dtype(dtype)
+    if len(raw) != kind.itemsize * math.prod(shape):
+        raise ValueError(f"{len(raw)} bytes for {dtype} {shape}")
+    return np.ndarray(shape, kind, buffer=bytearray(raw))
+
+
+def _scalar(raw: bytes, dtype: str) -> Any:
+    array = _array(raw, dtype, [])
+    # Zeros at the end of a text are lost in an array, and kept in a scalar.
+    if array.dtype.kind == "S":
+        return np.bytes_(raw)
+    if array.dtype.kind == "U":
+        order = "utf-32-be" if dtype[0] == ">" else "utf-32-le"
+        return np.str_(raw.decode(order, "surrogatepass"))
+    return array[()]
+
+
+def _list(value: Json) -> list[Json]:
+    if not isinstance(value, list):
+        raise TypeError(f"a list is expected, not a {type(value).__name__}")
+    return value
+
+
+def _lengths(value: Json) -> list[int]:
+    if not all(type(n) is int and 0 <= n < 2**63 for n in _list(value)):
+        raise ValueError(f"{value!r} is no shape")
+    return list(value)
 
 
 _Decoder = Callable[[Json, Mapping[str, torch.Tensor]], Any]
 _DECODERS: dict[str, _Decoder] = {
     "tensor": lambda v, t: t[v["name"]],
     "ndarray": _decode_ndarray,
-    "numpy": lambda v, t: np.frombuffer(_unb64(v["data"]), dtype=_numpy_dtype(v["dtype"]))[0],
+    "numpy": lambda v, t: _scalar(_unb64(v["data"]), v["dtype"]),
+    "str": lambda v, t: _unb64(v["data"]).decode("utf-8", "surrogatepass"),
     "int": lambda v, t: int(v["hex"], 16),
     "float": lambda v, t: _from_bits(v["bits"]),
     "complex": lambda v, t: complex(_from_bits(v["bits"][0]), _from_bits(v["bits"][1])),
@@ -301,10 +350,18 @@ _DECODERS: dict[str, _Decoder] = {
     "deque": lambda v, t: collections.deque(_decode_items(v, t), maxlen=v["maxlen"]),
     "dict": lambda v, t: dict(_decode_pairs(v, t)),
     "OrderedDict": lambda v, t: collections.OrderedDict(_decode_pairs(v, t)),
-    "torch.dtype": _decode_dtype,
+    "torch.dtype": lambda v, t: _DTYPES[v["value"]],
     "torch.device": lambda v, t: torch.device(v["value"]),
-    "torch.Size": lambda v, t: torch.Size(v["items"]),
+    "torch.Size": lambda v, t: torch.Size(_lengths(v["items"])),
 }
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _b64(data: bytes) -> str:
@@ -320,5 +377,7 @@ def _float_bits(value: float) -> str:
 
 
 def _from_bits(text: str) -> float:
-    (value,) = struct.unpack(">d", bytes.fromhex(text))
-    return float(value)
+    raw = bytes.fromhex(text)
+    if len(raw) != 8:
+        raise ValueError(f"{text!r} is no float")
+    return float(struct.unpack(">d", raw)[0])

@@ -22,7 +22,7 @@ from ray_accel_ckpt.storage.retry import retried
 READ_TIMEOUT = 120.0
 """Seconds that passing errors are retried for while reading."""
 
-_NAME = re.compile(r"^checkpoint_(\d+)(?:_([0-9a-f]+))?$")
+_NAME = re.compile(r"checkpoint_([0-9]{1,20})(?:_([0-9a-f]+))?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ def candidates(
     )
     found = []
     for entry in entries:
-        match = _NAME.match(entry.name)
+        match = _NAME.fullmatch(entry.name)
         if match is not None and entry.nbytes is None:
             found.append(Candidate(path=f"{directory}/{entry.name}", number=int(match[1])))
     return sorted(found, key=lambda c: (c.number, c.name), reverse=True)
@@ -114,11 +114,12 @@ def read_manifest(
 
     See `image.manifest.decode` for what it raises.
     """
-    if nbytes is None or nbytes > manifests.MAX_NBYTES:
+    if nbytes is None or not 0 < nbytes <= manifests.MAX_NBYTES:
+        is_file = nbytes is not None
         raise CorruptCheckpointError(
-            "a manifest is too long to be one" if nbytes else "a manifest is a directory",
+            "a manifest is empty or too long" if is_file else "a manifest is a directory",
             where=path,
-            why=f"it has {nbytes} bytes, the limit is {manifests.MAX_NBYTES}",
+            why=f"it has {nbytes} bytes, the limit is {manifests.MAX_NBYTES}" if is_file else "",
             remedy="use another checkpoint",
         )
     data = bytearray(nbytes)

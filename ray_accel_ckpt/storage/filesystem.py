@@ -90,7 +90,8 @@ class LocalFilesystem:
         _fsync_directory(target.parent)
 
     def read_into(self, path: str, offset: int, buffer: memoryview) -> None:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        # Without O_NONBLOCK, a pipe under the name of a file would be waited for, for ever.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             done = 0
             while done < len(buffer):
@@ -133,6 +134,10 @@ class ArrowFilesystem:
 
     def read_into(self, path: str, offset: int, buffer: memoryview) -> None:
         with self.filesystem.open_input_file(path) as file:
+            # Known since opening. What reading beyond it raises differs from client to client.
+            size = file.size()
+            if offset + len(buffer) > size:
+                raise _too_short(path, offset, len(buffer), max(0, size - offset))
             done = 0
             while done < len(buffer):
                 data = file.read_at(len(buffer) - done, offset + done)
@@ -142,15 +147,18 @@ class ArrowFilesystem:
                 done += len(data)
 
     def list(self, path: str) -> list[Entry]:
-        selector = pafs.FileSelector(path, allow_not_found=True)
-        found = [
-            Entry(
-                name=info.base_name or info.path.rstrip("/").rpartition("/")[2],
-                nbytes=None if info.type == pafs.FileType.Directory else info.size,
-            )
-            for info in self.filesystem.get_file_info(selector)
-        ]
-        return sorted(found, key=lambda e: e.name)
+        # pyarrow's GCS client does not tell of directories that only their files make.
+        deep = self.filesystem.type_name == "gcs"
+        selector = pafs.FileSelector(path, allow_not_found=True, recursive=deep)
+        found: dict[str, int | None] = {}
+        for info in self.filesystem.get_file_info(selector):
+            name = info.base_name or info.path.rstrip("/").rpartition("/")[2]
+            is_file = info.type != pafs.FileType.Directory
+            if deep:
+                name, below, _ = info.path.removeprefix(f"{path}/").rstrip("/").partition("/")
+                is_file = is_file and not below
+            found[name] = info.size if is_file else None
+        return [Entry(name=name, nbytes=nbytes) for name, nbytes in sorted(found.items())]
 
     def delete(self, path: str) -> None:
         info = self.filesystem.get_file_info(path)
@@ -228,9 +236,11 @@ def _local_entry(entry: os.DirEntry[str]) -> Entry:
     try:
         is_dir = entry.is_dir()
         return Entry(name=entry.name, nbytes=None if is_dir else entry.stat().st_size)
-    except FileNotFoundError:
-        # Removed between listing and asking, or a dangling link: nothing to read there.
-        return Entry(name=entry.name, nbytes=0)
+    except OSError as e:
+        # Removed between listing and asking, or a link to nowhere: nothing to read there.
+        if isinstance(e, FileNotFoundError) or entry.is_symlink():
+            return Entry(name=entry.name, nbytes=0)
+        raise
 
 
 def _ignore_absent(function: Any, path: str, info: Any) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from ray_accel_ckpt.errors import CheckpointError, CheckpointExistsError
+from collections.abc import Callable, Iterable
+
+from ray_accel_ckpt.errors import CheckpointError, CheckpointExistsError, StorageError
 from ray_accel_ckpt.image import manifest as manifests
 from ray_accel_ckpt.image.image import Hashing, Image
 from ray_accel_ckpt.image.manifest import manifest_name, shard_name
@@ -26,20 +28,10 @@ def write_image(filesystem: Filesystem, directory: str, image: Image, *, timeout
     info = image.info
     hashing = Hashing(image)
     shard = f"{directory}/{shard_name(info.rank, info.world_size)}"
-    retried(
-        lambda: filesystem.write(shard, hashing.chunks()),
-        what="write a shard",
-        where=shard,
-        timeout=timeout,
-    )
+    _write(filesystem, shard, hashing.chunks, what="write a shard", timeout=timeout)
     data = manifests.encode(hashing.manifest())
     manifest = f"{directory}/{manifest_name(info.rank, info.world_size)}"
-    retried(
-        lambda: filesystem.write(manifest, [data]),
-        what="write a manifest",
-        where=manifest,
-        timeout=timeout,
-    )
+    _write(filesystem, manifest, lambda: [data], what="write a manifest", timeout=timeout)
 
 
 def refuse_other_checkpoint(
@@ -71,3 +63,22 @@ def refuse_other_checkpoint(
                 remedy="save to a new directory, or delete this one first; "
                 "ProjectConfiguration(automatic_checkpoint_naming=True) picks new names",
             )
+
+
+def _write(
+    filesystem: Filesystem,
+    path: str,
+    chunks: Callable[[], Iterable[memoryview | bytes]],
+    *,
+    what: str,
+    timeout: float,
+) -> None:
+    try:
+        retried(lambda: filesystem.write(path, chunks()), what=what, where=path, timeout=timeout)
+    except FileNotFoundError as e:
+        raise StorageError(
+            f"could not {what}",
+            where=path,
+            why=f"{type(e).__name__}: {e}",
+            remedy="make the bucket or the mount that the path begins with; neither is created",
+        ) from e

@@ -194,7 +194,7 @@ def test_writing_replaces_a_link_and_not_its_target(tmp_path: Path, link: bool) 
         "manifest-00005-of-00002.json",
         "manifest-00000-of-99999.json",
         "manifest-00000-of-00001.json\n",
-        "manifest-００００0-of-00001.json",
+        "manifest-0000\N{FULLWIDTH DIGIT ZERO}-of-00001.json",
     ],
 )
 def test_names_that_are_nearly_ours(victim: Victim, name: str) -> None:
@@ -205,6 +205,9 @@ def test_names_that_are_nearly_ours(victim: Victim, name: str) -> None:
         victim.loads()
 
 
-def test_a_checkpoint_numbered_beyond_all_integers(victim: Victim) -> None:
-    victim.memory.files[f"run/checkpoint_{'9' * 5000}/x"] = b""
-    assert [c.path for c in candidates(victim.memory, "run")][-1:] == [PATH]
+@pytest.mark.parametrize(
+    "number", ["9" * 5000, "\N{FULLWIDTH DIGIT ONE}", "-1", "1\n", "1_", "1_x"]
+)
+def test_numbers_that_are_none(victim: Victim, number: str) -> None:
+    victim.memory.files[f"run/checkpoint_{number}/x"] = b""
+    assert [c.path for c in candidates(victim.memory, "run")] == [PATH]

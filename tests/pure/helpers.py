@@ -113,7 +113,7 @@ def checkpoints(directory: Path) -> list[str]:
     return sorted((p.name for p in found), key=lambda name: int(name.rpartition("_")[2]))
 
 
-class Killed(Exception):
+class KilledError(Exception):
     """The process is gone: nothing of it is used again."""
 
 
@@ -135,11 +135,11 @@ def live(
 
     def on_step() -> None:
         if ckpt.global_step == die_at:
-            raise Killed
+            raise KilledError
 
     try:
         ended = script(ckpt, on_step)
-    except Killed:
+    except KilledError:
         ckpt.flush()
         return None
     return digest(ended, streams())

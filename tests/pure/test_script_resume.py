@@ -728,8 +728,14 @@ def test_every_steps_takes_a_positive_integer(steps: Any) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"save": 5}, {"slots": 0}, {"slots": 1.5}, {"storage_timeout": 0}]
-    + [{"storage_timeout": float("nan")}, {"storage_timeout": -1}],
+    [
+        {"save": 5},
+        {"slots": 0},
+        {"slots": 1.5},
+        {"storage_timeout": 0},
+        {"storage_timeout": -1},
+        {"storage_timeout": float("nan")},
+    ],
 )
 def test_a_wrong_argument_is_found_at_once(tmp_path: Path, options: Any) -> None:
     with pytest.raises(errors.ConfigurationError):

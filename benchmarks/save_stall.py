@@ -1,0 +1,323 @@
+"""How long saving stalls training, and how long until it is durable, beside other ways of saving.
+
+Two processes (gloo, on the host) hold one data parallel model with Adam. Each
+method saves model and optimizer, in turn, several times over:
+
+    python benchmarks/save_stall.py --megabytes 600 --rounds 5
+
+See benchmarks/README.md for what is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import platform
+import random
+import shutil
+import socket
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the host only, on any machine
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ray_accel_ckpt import Checkpointer, EverySteps, ProjectConfiguration
+
+WORLD_SIZE = 2
+WIDTH = 512
+
+# Begins a save into a directory. When it returns, training would go on; what it
+# returns is called to wait for the rest.
+Save = Callable[[Path], Callable[[], object]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One way of saving."""
+
+    name: str
+    fsync: bool | None
+    save: Save
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What is saved: as `Checkpointer.prepare` made it, and bare."""
+
+    ckpt: Checkpointer
+    model: nn.Module
+    bare: nn.Module
+    optimizer: torch.optim.Optimizer
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.tanh(self.linear(x)) / 16
+
+
+def train(megabytes: float, directory: Path) -> Training:
+    """A model of about a third of `megabytes`; with Adam's two moments it is all of it."""
+    torch.manual_seed(0)
+    layer_nbytes = 3 * 4 * (WIDTH * WIDTH + WIDTH)
+    layers = max(1, round(megabytes * 1e6 / layer_nbytes))
+    bare = nn.Sequential(*(Layer() for _ in range(layers)))
+    ckpt = Checkpointer(
+        save=EverySteps(1),
+        project_config=ProjectConfiguration(directory, automatic_checkpoint_naming=True),
+    )
+    model, optimizer = ckpt.prepare(bare, torch.optim.Adam(bare.parameters()))
+    ckpt.backward(model(torch.ones(1, WIDTH)).sum())
+    optimizer.step()
+    optimizer.zero_grad()
+    return Training(ckpt=ckpt, model=model, bare=bare, optimizer=optimizer)
+
+
+# --- the methods -----------------------------------------------------------------------
+
+
+def nothing() -> None:
+    """The rest of a method that has no rest."""
+
+
+class RawCopy:
+    """This rank's share of the tensors in one buffer: the floor for any save that copies."""
+
+    def __init__(self, training: Training) -> None:
+        tensors = list(training.bare.parameters())
+        for state in training.optimizer.state.values():
+            tensors += [state["exp_avg"], state["exp_avg_sq"]]
+        self._mine = [t.detach().view(-1) for t in tensors[dist.get_rank() :: WORLD_SIZE]]
+        self._buffer = torch.zeros(sum(t.numel() for t in self._mine))
+
+    def copy(self, directory: Path) -> Callable[[], object]:
+        at = 0
+        for tensor in self._mine:
+            self._buffer[at : at + tensor.numel()].copy_(tensor)
+            at += tensor.numel()
+        return nothing
+
+    def write(self, directory: Path) -> Callable[[], object]:
+        directory.mkdir(parents=True, exist_ok=True)
+        rest = memoryview(self._buffer.numpy()).cast("B")
+        with open(directory / f"raw-{dist.get_rank()}", "wb", buffering=0) as file:
+            while rest:
+                rest = rest[file.write(rest) :]
+            os.fsync(file.fileno())
+        return nothing
+
+
+def ours(training: Training) -> Save:
+    def save(directory: Path) -> Callable[[], object]:
+        training.ckpt.step()
+        return training.ckpt.flush
+
+    return save
+
+
+def torch_save(training: Training) -> Save:
+    def save(directory: Path) -> Callable[[], object]:
+        if dist.get_rank() == 0:
+            directory.mkdir(parents=True)
+            torch.save(state_of(training), directory / "state.pt")
+        return nothing
+
+    return save
+
+
+def dcp_save(training: Training) -> Save:
+    def save(directory: Path) -> Callable[[], object]:
+        dcp.save(state_of(training), checkpoint_id=directory)
+        return nothing
+
+    return save
+
+
+def dcp_async_save(training: Training) -> Save:
+    def save(directory: Path) -> Callable[[], object]:
+        future: Any = dcp.async_save(state_of(training), checkpoint_id=directory)
+        return lambda: future.result()
+
+    return save
+
+
+def accelerate_save_state(training: Training) -> Save:
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    # The bare model: Accelerate wraps it in a DistributedDataParallel of its own. Two of them
+    # around one model do no harm here, because nothing goes backward any more.
+    accelerator.prepare(training.bare, training.optimizer)
+
+    def save(directory: Path) -> Callable[[], object]:
+        accelerator.save_state(str(directory))
+        return nothing
+
+    return save
+
+
+def state_of(training: Training) -> dict[str, Any]:
+    return {"model": training.bare.state_dict(), "optimizer": training.optimizer.state_dict()}
+
+
+def methods_for(training: Training) -> list[Method]:
+    raw = RawCopy(training)
+    methods = [
+        Method(name="memcpy of the share", fsync=None, save=raw.copy),
+        Method(name="raw write + fsync of the share", fsync=True, save=raw.write),
+        Method(name="ray_accel_ckpt step", fsync=True, save=ours(training)),
+        Method(name="torch.save on rank 0", fsync=False, save=torch_save(training)),
+        Method(name="DCP save", fsync=True, save=dcp_save(training)),
+        Method(name="DCP async_save", fsync=True, save=dcp_async_save(training)),
+    ]
+    if importlib.util.find_spec("accelerate") is not None:
+        saving = accelerate_save_state(training)
+        methods.append(Method(name="Accelerate save_state", fsync=False, save=saving))
+    return methods
+
+
+# --- measuring -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Seconds, the slowest rank's, and bytes that lay in the directory."""
+
+    blocked: float
+    done: float
+    nbytes: int
+
+
+def measure(method: Method, directory: Path) -> Measured:
+    dist.barrier()
+    begin = time.perf_counter()
+    rest = method.save(directory)
+    blocked = time.perf_counter() - begin
+    rest()
+    slowest = torch.tensor([blocked, time.perf_counter() - begin], dtype=torch.float64)
+    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+    nbytes = sum(path.stat().st_size for path in files_under(directory))
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(directory, ignore_errors=True)
+    dist.barrier()
+    return Measured(blocked=float(slowest[0]), done=float(slowest[1]), nbytes=nbytes)
+
+
+def files_under(directory: Path) -> Iterator[Path]:
+    return (path for path in directory.rglob("*") if path.is_file())
+
+
+def worker(rank: int, args: argparse.Namespace, port: int) -> None:
+    warnings.filterwarnings("ignore")
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(WORLD_SIZE),
+        "LOCAL_WORLD_SIZE": str(WORLD_SIZE),
+    }
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // WORLD_SIZE))
+    dist.init_process_group("gloo")
+    directory = Path(args.directory, "checkpoint")
+    training = train(args.megabytes, directory)
+    assert isinstance(training.model, DistributedDataParallel)
+    methods = methods_for(training)
+    found: dict[str, list[Measured]] = {method.name: [] for method in methods}
+    # Round 0 makes buffers and imports what is imported late. It is not counted.
+    for number in range(args.rounds + 1):
+        for method in random.Random(number).sample(methods, len(methods)):
+            measured = measure(method, directory)
+            if number > 0:
+                found[method.name].append(measured)
+    if rank == 0:
+        print_table(methods, found)
+    dist.destroy_process_group()
+
+
+# --- printing --------------------------------------------------------------------------
+
+
+def print_table(methods: list[Method], found: dict[str, list[Measured]]) -> None:
+    fsync = {True: "yes", False: "no", None: "-"}
+    print(f"{'':32}{'blocked, ms':>26}{'until done, ms':>26}{'fsync':>7}{'MB':>8}")
+    for method in methods:
+        rounds = found[method.name]
+        blocked = spread([each.blocked for each in rounds])
+        done = spread([each.done for each in rounds])
+        written = statistics.median(each.nbytes for each in rounds) / 1e6
+        print(
+            f"{method.name:32}{blocked:>26}{done:>26}{fsync[method.fsync]:>7}{written:>8.1f}",
+            flush=True,
+        )
+    if not any(method.name.startswith("Accelerate") for method in methods):
+        print("Accelerate is not installed: left out")
+
+
+def spread(seconds: list[float]) -> str:
+    low, high = min(seconds) * 1000, max(seconds) * 1000
+    return f"{statistics.median(seconds) * 1000:.1f} ({low:.1f}-{high:.1f})"
+
+
+def filesystem_type(directory: Path) -> str:
+    """What the mount that `directory` lies on is, by /proc/mounts."""
+    where = directory.resolve()
+    best, kind = Path("/"), "unknown"
+    for line in Path("/proc/mounts").read_text().splitlines():
+        mounted = Path(line.split()[1].replace("\\040", " "))
+        if where.is_relative_to(mounted) and len(mounted.parts) >= len(best.parts):
+            best, kind = mounted, line.split()[2]
+    return kind
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--megabytes", type=float, default=600, help="parameters and Adam's state (default: 600)"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="rounds that count (default: 5)")
+    parser.add_argument("--directory", help="where to save (default: a new one in /var/tmp)")
+    args = parser.parse_args()
+    if args.rounds < 1 or args.megabytes <= 0:
+        parser.error("--rounds and --megabytes must be positive")
+    parent = args.directory or "/var/tmp"  # noqa: S108 - a disk, where /tmp may be memory
+    os.makedirs(parent, exist_ok=True)
+    args.directory = tempfile.mkdtemp(prefix="save_stall-", dir=parent)
+    print(
+        f"{os.cpu_count()} cores ({platform.machine()}), torch {torch.__version__}, "
+        f"filesystem {filesystem_type(Path(args.directory))}; {WORLD_SIZE} processes, "
+        f"{args.megabytes:g} MB of parameters and Adam's state, {args.rounds} rounds",
+        flush=True,
+    )
+    print("median (min-max) of the slowest rank", flush=True)
+    try:
+        torch.multiprocessing.spawn(worker, args=(args, free_port()), nprocs=WORLD_SIZE)
+    finally:
+        shutil.rmtree(args.directory, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,304 @@
+"""Models: names of the plain module, bytes into the live tensors, all or nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ray_accel_ckpt import errors, open_checkpoint
+from ray_accel_ckpt.image.dtypes import STORED
+from ray_accel_ckpt.state.model import ModelPart, unwrap
+from ray_accel_ckpt.state.part import Scope
+from tests.pure.helpers import checkpointer, digest, tensor_bytes
+
+
+def saved(directory: Path, model: nn.Module) -> str:
+    ckpt = checkpointer(directory)
+    ckpt.prepare(model)
+    return ckpt.save_state()
+
+
+def loaded(directory: Path, model: Any, *, strict: bool = True) -> Any:
+    ckpt = checkpointer(directory)
+    ckpt.prepare(model)
+    assert ckpt.load_state(strict=strict)
+    return model
+
+
+def refused(directory: Path, model: nn.Module) -> errors.StateMismatchError:
+    """The error of loading; the model must stay as it was."""
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    ckpt = checkpointer(directory)
+    ckpt.prepare(model)
+    with pytest.raises(errors.StateMismatchError, match="nothing was changed") as caught:
+        ckpt.load_state()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    return caught.value
+
+
+# --- what a module holds ---------------------------------------------------------------
+
+
+def test_parameters_and_buffers_come_back(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    model(torch.randn(5, 3))
+    saved(tmp_path, model)
+    other = loaded(tmp_path, nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)))
+    assert digest(other) == digest(model)
+    assert other[1].num_batches_tracked == 1
+
+
+def test_values_go_into_the_live_tensors(tmp_path: Path) -> None:
+    """So optimizers, views and compiled graphs that hold them see what was loaded."""
+    model = nn.Linear(3, 3)
+    saved(tmp_path, model)
+    weight, pointer = model.weight, model.weight.data_ptr()
+    expected = weight.detach().clone()
+    with torch.no_grad():
+        weight.zero_()
+    loaded(tmp_path, model)
+    assert model.weight is weight
+    assert weight.data_ptr() == pointer
+    assert torch.equal(weight, expected)
+    assert weight.requires_grad
+
+
+def test_buffers_that_are_not_persistent_are_left_alone(tmp_path: Path) -> None:
+    class Cached(nn.Module):
+        def __init__(self, value: float) -> None:
+            super().__init__()
+            self.register_buffer("cache", torch.tensor(value), persistent=False)
+            self.register_buffer("kept", torch.tensor(value))
+
+    saved(tmp_path, Cached(1.0))
+    other = loaded(tmp_path, Cached(2.0))
+    assert (other.cache, other.kept) == (torch.tensor(2.0), torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("dtype", STORED, ids=str)
+def test_buffers_of_every_dtype_come_back(tmp_path: Path, dtype: torch.dtype) -> None:
+    def model(seed: int) -> nn.Module:
+        module = nn.Module()
+        bits = torch.arange(6 * dtype.itemsize).mul(seed).remainder(2).to(torch.uint8)
+        module.register_buffer("b", bits.view(dtype).view(2, 3))
+        return module
+
+    saved(tmp_path, model(1))
+    other = loaded(tmp_path, model(0))
+    assert tensor_bytes(other.b) == tensor_bytes(model(1).state_dict()["b"])
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0), (1,)])
+def test_scalars_and_empty_tensors_come_back(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    def model(value: float) -> nn.Module:
+        module = nn.Module()
+        module.p = nn.Parameter(torch.full(shape, value))
+        return module
+
+    saved(tmp_path, model(1.0))
+    assert digest(loaded(tmp_path, model(2.0))) == digest(model(1.0))
+
+
+def test_a_model_without_anything_comes_back(tmp_path: Path) -> None:
+    saved(tmp_path, nn.ReLU())
+    loaded(tmp_path, nn.ReLU())
+
+
+def test_strides_of_the_live_tensor_stay(tmp_path: Path) -> None:
+    saved(tmp_path, conv := nn.Conv2d(3, 4, 3))
+    other = loaded(tmp_path, nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last))
+    assert torch.equal(other.weight, conv.weight)
+    assert other.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+# --- shared memory ---------------------------------------------------------------------
+
+
+class Tied(nn.Module):
+    def __init__(self, tied: bool = True) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(5, 3)
+        self.head = nn.Linear(3, 5, bias=False)
+        if tied:
+            self.head.weight = self.embed.weight
+
+
+def test_tied_weights_are_stored_once_and_stay_tied(tmp_path: Path) -> None:
+    model = Tied()
+    path = saved(tmp_path, model)
+    other = loaded(tmp_path, Tied())
+    assert other.head.weight is other.embed.weight
+    assert digest(other) == digest(model)
+    stored = ModelPart("model", model).capture()
+    assert list(stored.tensors) == ["model/embed.weight"]
+    assert set(open_checkpoint(path).state_dict("model")) == {"embed.weight", "head.weight"}
+
+
+def test_tied_weights_load_into_a_model_that_does_not_tie_them(tmp_path: Path) -> None:
+    model = Tied()
+    saved(tmp_path, model)
+    other = loaded(tmp_path, Tied(tied=False))
+    assert torch.equal(other.embed.weight, model.embed.weight)
+    assert torch.equal(other.head.weight, model.embed.weight)
+
+
+def test_equal_weights_that_are_not_tied_load_into_a_model_that_ties_them(tmp_path: Path) -> None:
+    model = Tied(tied=False)
+    model.head.weight.data.copy_(model.embed.weight.data)
+    saved(tmp_path, model)
+    assert torch.equal(loaded(tmp_path, Tied()).embed.weight, model.embed.weight)
+
+
+def test_views_of_one_memory_come_back_as_such(tmp_path: Path) -> None:
+    def model(value: float) -> nn.Module:
+        module = nn.Module()
+        flat = torch.arange(6.0) * value
+        module.register_buffer("whole", flat)
+        module.register_buffer("tail", flat[3:])
+        module.register_buffer("square", flat.view(2, 3))
+        return module
+
+    saved(tmp_path, model(1.0))
+    other = loaded(tmp_path, model(0.0))
+    assert digest(other) == digest(model(1.0))
+    assert other.tail.data_ptr() == other.whole[3:].data_ptr()
+
+
+# --- wrappers --------------------------------------------------------------------------
+
+
+def compiled(model: nn.Module) -> Any:
+    return torch.compile(model, backend="eager")
+
+
+def test_compiled_and_plain_models_share_checkpoints(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    saved(tmp_path / "plain", model)
+    assert digest(unwrap(loaded(tmp_path / "plain", compiled(nn.Linear(2, 2))))) == digest(model)
+    path = saved(tmp_path / "compiled", compiled(model))
+    assert digest(loaded(tmp_path / "compiled", nn.Linear(2, 2))) == digest(model)
+    assert set(open_checkpoint(path).state_dict("model")) == {"weight", "bias"}
+
+
+def test_wrappers_come_off_in_any_order() -> None:
+    model = nn.Linear(1, 1)
+    assert unwrap(model) is model
+    assert unwrap(compiled(model)) is model
+
+
+def test_parameters_are_shared_out_and_buffers_are_rank_zeros() -> None:
+    scopes = ModelPart("model", nn.BatchNorm1d(2)).capture().scopes
+    assert scopes["model/weight"] is Scope.REPLICATED
+    assert scopes["model/running_mean"] is Scope.RANK_ZERO
+
+
+# --- extra state -----------------------------------------------------------------------
+
+
+class Counting(nn.Module):
+    """Keeps plain values beside its tensors."""
+
+    def __init__(self, count: int, depth: int = 1) -> None:
+        super().__init__()
+        self.count: Any = count
+        self.weight = nn.Parameter(torch.full((2,), float(count)))
+        if depth:
+            self.inner = Counting(count + 1, depth - 1)
+
+    def get_extra_state(self) -> Any:
+        return {"count": self.count, "history": (1, torch.arange(self.count))}
+
+    def set_extra_state(self, state: Any) -> None:
+        self.count = state["count"]
+        self.history = state["history"]
+
+
+def test_extra_state_comes_back(tmp_path: Path) -> None:
+    saved(tmp_path, Counting(3))
+    other = loaded(tmp_path, Counting(7))
+    assert (other.count, other.inner.count) == (3, 4)
+    assert torch.equal(other.inner.history[1], torch.arange(4))
+    assert torch.equal(other.weight, torch.full((2,), 3.0))
+
+
+def test_an_extra_state_that_is_a_tensor_comes_back(tmp_path: Path) -> None:
+    """As transformer_engine's is; its shape may differ from the live one's."""
+
+    class Scales(nn.Module):
+        def __init__(self, size: int) -> None:
+            super().__init__()
+            self.scales = torch.arange(float(size))
+
+        def get_extra_state(self) -> torch.Tensor:
+            return self.scales
+
+        def set_extra_state(self, state: torch.Tensor) -> None:
+            self.scales = state
+
+    saved(tmp_path, Scales(5))
+    assert torch.equal(loaded(tmp_path, Scales(2)).scales, torch.arange(5.0))
+
+
+# --- what does not fit -----------------------------------------------------------------
+
+
+def test_other_names_are_listed(tmp_path: Path) -> None:
+    saved(tmp_path, nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)}))
+    error = refused(tmp_path, nn.ModuleDict({"a": nn.Linear(2, 2), "c": nn.Linear(2, 2)}))
+    assert error.missing == ("model/c.weight", "model/c.bias")
+    assert error.unexpected == ("model/b.weight", "model/b.bias")
+    assert error.differing == ()
+
+
+def test_another_shape_is_listed_with_both(tmp_path: Path) -> None:
+    saved(tmp_path, nn.Linear(2, 3))
+    error = refused(tmp_path, nn.Linear(2, 4))
+    assert error.differing == (
+        "model/weight (checkpoint: torch.float32 [3, 2], model: torch.float32 [4, 2])",
+        "model/bias (checkpoint: torch.float32 [3], model: torch.float32 [4])",
+    )
+
+
+def test_another_dtype_is_listed_with_both(tmp_path: Path) -> None:
+    saved(tmp_path, nn.Linear(1, 1, bias=False))
+    error = refused(tmp_path, nn.Linear(1, 1, bias=False, dtype=torch.bfloat16))
+    assert error.differing == (
+        "model/weight (checkpoint: torch.float32 [1, 1], model: torch.bfloat16 [1, 1])",
+    )
+
+
+def test_a_missing_model_is_listed_by_its_name(tmp_path: Path) -> None:
+    saved(tmp_path, nn.Linear(1, 1))
+    ckpt = checkpointer(tmp_path)
+    ckpt.prepare(nn.Linear(1, 1), nn.Linear(1, 1))
+    with pytest.raises(errors.StateMismatchError) as caught:
+        ckpt.load_state()
+    assert caught.value.missing == ("model_1",)
+
+
+def test_strict_false_takes_what_fits_and_leaves_the_rest(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"a": nn.Linear(2, 2), "gone": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
+    saved(tmp_path, model)
+    other = nn.ModuleDict({"a": nn.Linear(2, 2), "new": nn.Linear(2, 2), "b": nn.Linear(2, 3)})
+    before = digest(other["new"], other["b"].weight, other["b"].bias)
+    loaded(tmp_path, other, strict=False)
+    assert digest(other["a"]) == digest(model["a"])
+    assert digest(other["new"], other["b"].weight, other["b"].bias) == before
+
+
+def test_strict_false_leaves_extra_state_of_modules_that_are_gone(tmp_path: Path) -> None:
+    saved(tmp_path, nn.ModuleDict({"a": nn.Linear(1, 1), "gone": Counting(3)}))
+    loaded(tmp_path, nn.ModuleDict({"a": nn.Linear(1, 1)}), strict=False)
+
+
+def test_strict_false_warns_about_the_rest(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    saved(tmp_path, nn.Linear(2, 2))
+    loaded(tmp_path, nn.Linear(2, 3), strict=False)
+    assert "model/weight" in caplog.text

@@ -1,0 +1,208 @@
+"""What a resumed run does with each loader, by where in the epoch the save fell."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.utils.data import DataLoader
+
+from ray_accel_ckpt import Checkpointer
+from tests.pure.helpers import KilledError, Plain, checkpointer, live
+
+EPOCHS = 3
+Body = Callable[[Checkpointer, list[Any], Callable[[str], None]], None]
+
+
+def loaders(ckpt: Checkpointer) -> list[Any]:
+    """Four batches each; the last one, for evaluation, has two."""
+    sizes = (8, 8, 4)
+    return [ckpt.prepare(DataLoader(Plain(n), batch_size=2, shuffle=True)) for n in sizes]
+
+
+def events(directory: Path, body: Body, *, die_after: int = 0, counted: bool = True) -> list[str]:
+    """What happens in one life, up to the end or to event number `die_after`.
+
+    A checkpoint is saved at each event whose name begins with "save".
+    """
+    ckpt = checkpointer(directory, every=10**9)
+    ready = loaders(ckpt)
+    ckpt.load_state()
+    happened: list[str] = []
+
+    def note(event: str) -> None:
+        happened.append(event)
+        if event.startswith("save"):
+            ckpt.save_state()
+        if len(happened) == die_after:
+            raise KilledError
+
+    epochs = ckpt.epochs(EPOCHS) if counted else range(ckpt.epoch, EPOCHS)
+    try:
+        for epoch in epochs:
+            note(f"epoch {epoch}")
+            body(ckpt, ready, note)
+    except KilledError:
+        pass
+    return happened
+
+
+def served(loader: Any, name: str) -> Iterator[str]:
+    for batch in loader:
+        yield f"{name} {batch.tolist()}"
+
+
+def rest_after(directory: Path, body: Body, save: int, *, counted: bool = True) -> None:
+    """Dying at save number `save`, the two lives together do what one would have done.
+
+    The epoch that is entered again announces itself again; nothing else comes twice.
+    """
+    whole = events(directory / "whole", body, counted=counted)
+    saves = [n for n, event in enumerate(whole, start=1) if event.startswith("save")]
+    at = saves[save]
+    before = events(directory / "killed", body, die_after=at, counted=counted)
+    after = events(directory / "killed", body, counted=counted)
+    if after and after[0] != whole[at]:
+        current = [event for event in before if event.startswith("epoch")][-1]
+        assert after[0] == current
+        after = after[1:]
+    assert before + after == whole
+
+
+def train(ckpt: Checkpointer, ready: list[Any], note: Any) -> None:
+    for event in served(ready[0], "train"):
+        note(event)
+        ckpt.step()
+        note("save")
+    note("after training")
+
+
+def train_then_evaluate(ckpt: Checkpointer, ready: list[Any], note: Any) -> None:
+    train(ckpt, ready, note)
+    for event in served(ready[2], "eval"):
+        note(event)
+    note("evaluated")
+
+
+def evaluate_while_training(ckpt: Checkpointer, ready: list[Any], note: Any) -> None:
+    for event in served(ready[0], "train"):
+        note(event)
+        if ckpt.global_step % 2 == 1:
+            for inner in served(ready[2], "eval"):
+                note(inner)
+        ckpt.step()
+        note("save")
+
+
+def two_trainings(ckpt: Checkpointer, ready: list[Any], note: Any) -> None:
+    for loader, name in zip(ready[:2], ("first", "second"), strict=True):
+        for event in served(loader, name):
+            note(event)
+            ckpt.step()
+            note("save")
+    note("both done")
+
+
+def save_within_evaluation(ckpt: Checkpointer, ready: list[Any], note: Any) -> None:
+    for event in served(ready[0], "train"):
+        note(event)
+    for event in served(ready[2], "eval"):
+        note(event)
+        note("save")
+    note("evaluated")
+
+
+def save_at_the_end(ckpt: Checkpointer, ready: list[Any], note: Any) -> None:
+    for event in served(ready[0], "train"):
+        note(event)
+        ckpt.step()
+    note("save")
+
+
+def train_in_turns(ckpt: Checkpointer, ready: list[Any], note: Any) -> None:
+    """Two loaders at once, as with labelled and unlabelled data."""
+    for pair in zip(served(ready[0], "first"), served(ready[1], "second"), strict=True):
+        note(" ".join(pair))
+        ckpt.step()
+        note("save")
+
+
+BODIES = [
+    train,
+    train_then_evaluate,
+    evaluate_while_training,
+    two_trainings,
+    train_in_turns,
+]
+SAVES = [(body, save) for body in BODIES for save in range(9)]
+SAVES += [(save_within_evaluation, save) for save in range(6)]
+
+
+@pytest.mark.parametrize(("body", "save"), SAVES, ids=lambda v: getattr(v, "__name__", str(v)))
+def test_a_resumed_run_does_the_rest(tmp_path: Path, body: Body, save: int) -> None:
+    """With one save a batch of four, save 3 is at the last batch of the first epoch."""
+    rest_after(tmp_path, body, save)
+
+
+@pytest.mark.parametrize("save", [0, 1, 2])
+def test_a_save_after_all_data_belongs_to_the_next_epoch(tmp_path: Path, save: int) -> None:
+    rest_after(tmp_path, save_at_the_end, save)
+
+
+@pytest.mark.parametrize("body", [train, train_then_evaluate, evaluate_while_training])
+@pytest.mark.parametrize("save", [0, 2, 5])
+def test_a_loop_that_counts_its_own_epochs_does_the_rest_too(
+    tmp_path: Path, body: Body, save: int
+) -> None:
+    rest_after(tmp_path, body, save, counted=False)
+
+
+@pytest.mark.parametrize("save", [1, 5, 6])
+def test_two_trainings_in_a_loop_that_counts_its_own_epochs(tmp_path: Path, save: int) -> None:
+    rest_after(tmp_path, two_trainings, save, counted=False)
+
+
+def test_an_abandoned_pass_within_the_epoch_is_not_gone_on_with(tmp_path: Path) -> None:
+    """A look at one batch before training, as for drawing the network: once an epoch."""
+
+    def body(ckpt: Checkpointer, ready: list[Any], note: Any) -> None:
+        for event in served(ready[2], "look"):
+            note(event)
+            break
+        train(ckpt, ready, note)
+
+    rest_after(tmp_path, body, 5)
+
+
+def test_dying_again_before_a_spent_pass_was_gone_through(tmp_path: Path) -> None:
+    """Saved, loaded, saved at once, loaded: the first loader's pass is still over."""
+    first = events(tmp_path, two_trainings, die_after=13)
+    assert first[-1] == "save"
+    for _ in range(2):
+        ckpt = checkpointer(tmp_path)
+        loaders(ckpt)
+        ckpt.load_state()
+        ckpt.save_state()
+    whole = events(tmp_path / "whole", two_trainings)
+    assert first + events(tmp_path, two_trainings)[1:] == whole
+
+
+def test_the_epoch_of_a_checkpoint_is_the_one_a_resumed_run_begins_in(tmp_path: Path) -> None:
+    def script(ckpt: Checkpointer, on_step: Any) -> list[int]:
+        loader = loaders(ckpt)[0]
+        ckpt.load_state()
+        seen = []
+        for epoch in ckpt.epochs(EPOCHS):
+            seen.append(epoch)
+            for _ in loader:
+                ckpt.step()
+                on_step()
+        return seen
+
+    live(script, tmp_path, die_at=4, every=4)
+    ckpt = checkpointer(tmp_path)
+    loaders(ckpt)
+    ckpt.load_state()
+    assert list(ckpt.epochs(EPOCHS)) == [0, 1, 2]

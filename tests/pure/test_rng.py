@@ -1,0 +1,111 @@
+"""Random streams: captured without a draw, restored to the bit."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import xxhash
+
+from ray_accel_ckpt.state import rng
+from ray_accel_ckpt.state.tree import flatten, unflatten
+from tests.pure.helpers import digest, seed_everything, streams
+
+
+def draw() -> str:
+    """Something from each stream, normal deviates too: these come in pairs."""
+    values: list[Any] = [random.random(), random.gauss(0, 1), float(np.random.rand())]
+    return digest(*values, float(np.random.randn()), torch.rand(3), torch.randn(1))
+
+
+def test_restoring_brings_every_stream_back() -> None:
+    draw()
+    state = rng.capture()
+    expected = draw()
+    seed_everything(1)
+    rng.restore(state)
+    assert draw() == expected
+
+
+def test_a_state_survives_being_saved() -> None:
+    flat = flatten(rng.capture(), "rng")
+    text = json.dumps(flat.value, allow_nan=False)
+    tensors = {name: tensor.clone() for name, tensor in flat.tensors.items()}
+    expected = draw()
+    rng.restore(unflatten(json.loads(text), tensors))
+    assert draw() == expected
+
+
+def test_capturing_draws_nothing() -> None:
+    before = streams()
+    rng.capture()
+    assert streams() == before
+
+
+def test_a_captured_state_does_not_move_with_the_stream() -> None:
+    state = rng.capture()
+    before = digest(state)
+    draw()
+    assert digest(state) == before
+
+
+def test_a_state_with_another_number_of_accelerators_is_taken_as_far_as_it_goes() -> None:
+    state = rng.capture()
+    expected = draw()
+    rng.restore({**state, "accelerator": [torch.zeros(16, dtype=torch.uint8)][:0]})
+    assert draw() == expected
+
+
+def test_what_is_drawn_untouched_leaves_no_trace() -> None:
+    before = streams()
+    with rng.untouched():
+        draw()
+        seed_everything(4)
+    assert streams() == before
+
+
+def test_untouched_holds_when_the_body_fails() -> None:
+    before = streams()
+    with pytest.raises(ZeroDivisionError), rng.untouched():
+        draw()
+        raise ZeroDivisionError
+    assert streams() == before
+
+
+def test_own_streams_go_on_from_scope_to_scope() -> None:
+    seed_everything(5)
+    expected = [draw(), draw()]
+    own = rng.OwnStreams(5)
+    rng.seed_host(5)
+    found = []
+    for _ in range(2):
+        before = streams()
+        with own.scope():
+            found.append(draw())
+        assert streams() == before
+        random.random()
+    assert found == expected
+
+
+def test_seeds_depend_on_every_part() -> None:
+    seeds = {rng.derived_seed(1, 2), rng.derived_seed(12), rng.derived_seed(2, 1)}
+    assert len(seeds) == 3
+
+
+def test_seeds_are_the_same_on_every_machine() -> None:
+    """xxh3-64 of the parts as text; of no text at all, it is the vector its authors publish."""
+    assert rng.derived_seed("") == 0x2D06800538D394C2
+    assert rng.derived_seed(0, "order") == xxhash.xxh3_64_intdigest(b"0:order")
+
+
+@pytest.mark.parametrize("seed", [0, 2**32, 2**63, 2**64 - 1])
+def test_any_64_bits_are_a_seed(seed: int) -> None:
+    with rng.untouched():
+        rng.seed_all(seed)
+        first = draw()
+        rng.seed_all(seed)
+        assert draw() == first
