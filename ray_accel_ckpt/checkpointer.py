@@ -303,7 +303,11 @@ class Checkpointer:
                 device=self.device,
                 decide=lambda snapshot: self._plan(snapshot, only, strict),
             )
-            restored = restorer.exactly(path) if input_dir else restorer.newest(path)
+            restored = (
+                restorer.newest(path, registered=self._session.has_registered())
+                if input_dir is None
+                else restorer.exactly(path)
+            )
         finally:
             self._slots.release(slot)
         if restored is None:

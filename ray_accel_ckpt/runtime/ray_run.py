@@ -27,6 +27,12 @@ class RayRun:
     path: str
     arrow: Any
 
+    def has_registered(self) -> bool:
+        """Whether Ray had registered a checkpoint when this worker was started."""
+        import ray.train
+
+        return ray.train.get_checkpoint() is not None
+
     @property
     def filesystem(self) -> Filesystem:
         return wrap(self.arrow)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +21,7 @@ from ray_accel_ckpt.errors import (
     AccelCkptError,
     CheckpointError,
     FormatVersionError,
+    NotACheckpointError,
     NoUsableCheckpointError,
     StorageError,
 )
@@ -66,13 +67,16 @@ class Restorer:
     slot: Slot
     device: torch.device
     decide: Decide
-    _faults: list[str] = field(default_factory=list, init=False)
 
-    def newest(self, directory: str) -> Restored | None:
+    def newest(self, directory: str, *, registered: bool = False) -> Restored | None:
         """Load the newest good checkpoint under `directory`; None if there is none at all.
 
         Collective. Rank 0 lists, all ranks verify. A bad checkpoint is passed
-        over with a warning that names the file and the fault.
+        over with a warning that names the file and the fault. One that was
+        never written whole is none: a run cut off in its first save starts anew.
+
+        Args:
+            registered: Ray knows a checkpoint of this run, so there was a whole one.
 
         Raises:
             NoUsableCheckpointError: there are checkpoints, and none is good.
@@ -80,21 +84,24 @@ class Restorer:
                 older one would throw away what it holds.
             StateMismatchError: the newest good one is of another state.
         """
+        faults = []
+        whole = registered
         for path in self._listed(directory):
             try:
                 return self.exactly(path)
             except FormatVersionError:
                 raise
             except CheckpointError as e:
-                self._faults.append(f"{path}: {e}")
+                whole = whole or not isinstance(e, NotACheckpointError)
+                faults.append(f"{path}: {e}")
                 if self.group.rank == 0:
-                    logger.warning("passing over a checkpoint that is not good: %s\n%s", path, e)
-        if not self._faults:
+                    logger.warning("passing over a checkpoint that is not good: %s", faults[-1])
+        if not whole:
             return None
         raise NoUsableCheckpointError(
-            f"none of {len(self._faults)} checkpoints can be loaded",
+            f"none of {len(faults)} checkpoints can be loaded",
             where=directory,
-            why="\n".join(self._faults),
+            why="\n".join(faults) or "Ray knows of a checkpoint, and there is none",
             remedy="see what damaged them; to start anew all the same, use another run name",
         )
 

@@ -105,6 +105,10 @@ class Session:
             "automatic_checkpoint_naming=True",
         )
 
+    def has_registered(self) -> bool:
+        """Whether Ray knows a checkpoint of this run: then there was one that was whole."""
+        return self.run is not None and self.run.has_registered()
+
     def next_automatic(self) -> tuple[Filesystem, str] | None:
         """The next automatic name, rank 0's on every rank; None without automatic naming."""
         if self._project_place is None:

@@ -58,7 +58,7 @@ OPTIMIZERS: dict[str, Make] = {
     "foreach": lambda m: torch.optim.AdamW(m.parameters(), 0.01, foreach=True),
     "fused": lambda m: torch.optim.AdamW(m.parameters(), 0.01, fused=True),
     "tensor lr": lambda m: torch.optim.Adam(m.parameters(), torch.tensor(0.01)),
-    "capturable": lambda m: torch.optim.Adam(m.parameters(), 0.01, betas=(0.8, 0.9)),
+    "betas": lambda m: torch.optim.Adam(m.parameters(), 0.01, betas=(0.8, 0.9)),
     "RMSprop": lambda m: torch.optim.RMSprop(m.parameters(), 0.01, centered=True),
     "Adagrad": lambda m: torch.optim.Adagrad(m.parameters(), 0.01),
     "Adadelta": lambda m: torch.optim.Adadelta(m.parameters()),

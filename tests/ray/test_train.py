@@ -92,6 +92,14 @@ def test_a_killed_worker_changes_no_bit(
     open_checkpoint(result.checkpoint).verify()
 
 
+def test_killed_in_its_first_save_a_run_starts_anew(tmp_path: Path, untouched: list[str]) -> None:
+    marker = tmp_path / "killed"
+    point = "after the shard, before the manifest"
+    _fit(tmp_path, "run", fault={"point": point, "rank": 1, "after": 0, "marker": str(marker)})
+    assert marker.exists(), "the worker was not killed"
+    assert _digests(tmp_path, "run") == untouched
+
+
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[pyarrow.fs.S3FileSystem]:
     """An S3 server over HTTP that the workers reach as they would reach a real one."""
