@@ -28,7 +28,7 @@ FORMAT: Final = "ray_accel_ckpt"
 VERSION: Final = 1
 BLOCK = 16 * 2**20
 """Bytes that one checksum covers, at most."""
-MAX_NBYTES = 512 * 2**20
+MAX_NBYTES = 128 * 2**20
 """Longest manifest that is written, or read at all."""
 MAX_HEADER_NBYTES = 8 + 100_000_000
 """Longest header of a shard: safetensors reads none that is longer."""
