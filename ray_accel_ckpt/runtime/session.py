@@ -48,6 +48,7 @@ class Session:
         self.seed = 0
         self._given_seed = seed
         self.plan_checked = False
+        self.told_of_local_mode = False
         self.saves_at_step: dict[int, int] = {}
         self._names: AutomaticNames | None = None
         checkpoints = self.project.checkpoints_dir

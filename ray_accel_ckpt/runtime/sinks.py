@@ -62,7 +62,8 @@ def sink_for(
     place = session.next_automatic()
     if place is not None:
         return DirectorySink(session, *place, save_id, automatic=True)
-    if in_local_mode():
+    if in_local_mode() and not session.told_of_local_mode:
+        session.told_of_local_mode = True
         logger.warning(
             "not saving: Ray Train's local mode (num_workers=0) has no storage; pass "
             "project_config=ProjectConfiguration('dir', automatic_checkpoint_naming=True)"

@@ -190,6 +190,12 @@ def test_making_an_iterator_does_not_draw_the_base_seed() -> None:
     assert torch.equal(torch.rand(1), expected)
 
 
+def test_a_collate_function_draws_anew_for_each_batch() -> None:
+    loader = prepared(DataLoader(Plain(), batch_size=4, collate_fn=lambda _: random.random()))
+    drawn = [*loader, *loader]
+    assert len(set(drawn)) == len(drawn)
+
+
 def test_random_draws_between_batches_do_not_change_them() -> None:
     """The loader's seed decides, not how often the loop itself draws."""
     whole = passes(prepared(LOADERS["shuffle"]()), 1)
@@ -365,8 +371,8 @@ class ShuffledStream(IterableDataset[float]):
         return 22
 
     def __iter__(self) -> Iterator[float]:
-        for i in torch.randperm(22).tolist():
-            yield i + random.random() + float(np.random.rand())
+        order = torch.randperm(22).tolist()
+        return (i + random.random() + float(np.random.rand()) for i in order)
 
 
 def test_iterable_data_is_read_again_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
