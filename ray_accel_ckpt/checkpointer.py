@@ -215,7 +215,8 @@ class Checkpointer:
 
         Args:
             metrics: a dict, or a function that returns one and is called only
-                when a save happens. numpy and torch scalars become numbers.
+                when a save is reported to Ray. numpy and torch scalars become
+                numbers. A save to a directory has nobody to report to.
 
         Raises:
             UnsupportedStateError: a state that cannot be represented.
@@ -384,8 +385,10 @@ class Checkpointer:
         if not complete:
             return
         same = stored == self._session.group.world_size
-        self._preparer.window.open = same and "gradients" in restored.snapshot.manifests[0].parts
-        if not self._preparer.window.open:
+        if same and "gradients" in restored.snapshot.manifests[0].parts:
+            self._preparer.window.reopen()
+        else:
+            self._preparer.window.clear()
             self._bundle.gradients.clear()
         if rank >= stored:
             logger.warning(

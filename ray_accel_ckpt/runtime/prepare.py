@@ -23,25 +23,40 @@ from ray_accel_ckpt.state.optimizer import OptimizerPart
 
 
 class AccumulationWindow:
-    """Whether gradients are being accumulated: a model went forward with gradients
-    enabled since the last optimizer step.
+    """Whether gradients wait for a step: a model went forward with gradients enabled
+    since the last step of some optimizer.
 
     It is a forward hook of prepared models, and they may be copied and pickled:
     so it holds nothing else, and a copy of a model reports to the same window.
     """
 
     def __init__(self) -> None:
-        self.open = False
+        self._optimizers = 0
+        self._open: set[int] = set()
+
+    @property
+    def open(self) -> bool:
+        return bool(self._open)
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         if torch.is_grad_enabled():
-            self.open = True
+            self.reopen()
+
+    def reopen(self) -> None:
+        """As after a forward: every optimizer has something to step for."""
+        self._open = set(range(max(1, self._optimizers)))
 
     def __deepcopy__(self, memo: Any) -> AccumulationWindow:
         return self
 
-    def close(self) -> None:
-        self.open = False
+    def closer(self) -> Callable[[], None]:
+        """What one more optimizer calls after each of its steps."""
+        number = self._optimizers
+        self._optimizers += 1
+        return lambda: self._open.discard(number)
+
+    def clear(self) -> None:
+        self._open = set()
 
 
 class Preparer:
@@ -77,7 +92,7 @@ class Preparer:
             self._bundle.add_model(model)
             return model
         if isinstance(obj, Optimizer):
-            prepared = prepare_optimizer(obj, self._scaler, self.window.close)
+            prepared = prepare_optimizer(obj, self._scaler, self.window.closer())
             self._bundle.add_optimizer(obj)
             return prepared
         if isinstance(obj, DataLoader):

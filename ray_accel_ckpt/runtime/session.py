@@ -8,7 +8,7 @@ from functools import cached_property
 
 import torch
 
-from ray_accel_ckpt.errors import ConfigurationError
+from ray_accel_ckpt.errors import ConfigurationError, StorageError
 from ray_accel_ckpt.project import ProjectConfiguration
 from ray_accel_ckpt.runtime.group import Group
 from ray_accel_ckpt.runtime.ray_run import RayRun, current_run, in_local_mode, ray_world_size
@@ -107,8 +107,13 @@ class Session:
         )
 
     def has_registered(self) -> bool:
-        """Whether Ray knows a checkpoint of this run: then there was one that was whole."""
-        return self.run is not None and self.run.has_registered()
+        """Whether Ray knows a checkpoint of this run: then there was one that was whole.
+
+        Collective: rank 0's answer, since Ray's differs between ranks once they have reported.
+        """
+        if self.run is None:
+            return False
+        return bool(self.group.from_rank_zero(self.run.has_registered()))
 
     def next_automatic(self) -> tuple[Filesystem, str] | None:
         """The next automatic name, rank 0's on every rank; None without automatic naming."""
@@ -117,5 +122,14 @@ class Session:
         filesystem, path = self._project_place
         if self._names is None:
             self._names = AutomaticNames(filesystem, path, at_least=self.project.iteration)
-        taken = self._names.take() if self.group.rank == 0 else None
-        return filesystem, str(self.group.from_rank_zero(taken))
+        taken, problem = None, None
+        if self.group.rank == 0:
+            try:
+                taken = self._names.take()
+            except StorageError as e:
+                problem = e
+        # Told, not just raised: the others would wait for the name.
+        name, told = self.group.from_rank_zero([taken, str(problem) if problem else None])
+        if told is not None:
+            raise problem or StorageError(told)
+        return filesystem, str(name)

@@ -125,7 +125,8 @@ class ModelPart:
         if isinstance(getattr(wrapped, "_orig_mod", None), nn.Module):
             wrapped = wrapped._orig_mod  # type: ignore[assignment]
         if not isinstance(wrapped, DistributedDataParallel):
-            return Scope.RANK_ZERO
+            # Nobody hands them out: a frozen model's statistics are each worker's own.
+            return Scope.PER_RANK
         handed_out = wrapped.broadcast_buffers and wrapped.require_forward_param_sync
         return Scope.RANK_ZERO if handed_out else Scope.PER_RANK
 

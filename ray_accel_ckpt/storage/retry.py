@@ -47,10 +47,8 @@ _REMEDIES = {
     errno.ENOSPC: "free space there (or in the bucket's quota); the checkpoints before this "
     "one are untouched",
     errno.EDQUOT: "raise the quota or free space; the checkpoints before this one are untouched",
-    errno.EACCES: "give this user write permission there; the checkpoints before this one are "
-    "untouched",
-    errno.EPERM: "give this user write permission there; the checkpoints before this one are "
-    "untouched",
+    errno.EACCES: "give this user read and write permission there; older checkpoints are untouched",
+    errno.EPERM: "give this user read and write permission there; older checkpoints are untouched",
     errno.EROFS: "mount it writable; the checkpoints before this one are untouched",
 }
 

@@ -191,10 +191,10 @@ def test_wrappers_come_off_in_any_order() -> None:
     assert unwrap(compiled(model)) is model
 
 
-def test_parameters_are_shared_out_and_buffers_are_rank_zeros() -> None:
+def test_parameters_are_shared_out_and_buffers_nobody_hands_out_are_each_ranks_own() -> None:
     scopes = ModelPart("model", nn.BatchNorm1d(2)).capture().scopes
     assert scopes["model/weight"] is Scope.REPLICATED
-    assert scopes["model/running_mean"] is Scope.RANK_ZERO
+    assert scopes["model/running_mean"] is Scope.PER_RANK
 
 
 # --- extra state -----------------------------------------------------------------------

@@ -219,6 +219,26 @@ def test_gradients_are_saved_inside_a_window_only(tmp_path: Path) -> None:
     assert ["gradients" in p for p in parts[:4]] == [True, False, True, False]
 
 
+def test_gradients_wait_for_the_optimizer_that_has_not_stepped(tmp_path: Path) -> None:
+    def make() -> tuple[Checkpointer, list[nn.Module], list[torch.optim.Optimizer]]:
+        ckpt = Checkpointer()
+        models = [ckpt.prepare(nn.Linear(2, 1)) for _ in range(2)]
+        optimizers = [ckpt.prepare(torch.optim.SGD(m.parameters(), lr=0.1)) for m in models]
+        return ckpt, models, optimizers
+
+    ckpt, models, optimizers = make()
+    for model in reversed(models):
+        model(torch.ones(1, 2)).sum().backward()
+    optimizers[0].step()
+    path = ckpt.save_state(tmp_path / "one waits")
+    optimizers[1].step()
+    assert "gradients" not in open_checkpoint(ckpt.save_state(tmp_path / "none waits")).parts
+
+    ckpt, resumed, _ = make()
+    assert ckpt.load_state(path)
+    assert torch.equal(resumed[1].weight.grad, models[1].weight.grad)
+
+
 def test_loading_a_state_outside_any_window_clears_gradients(tmp_path: Path) -> None:
     ckpt = checkpointer(tmp_path)
     model, _, _ = prepared(ckpt)
