@@ -23,10 +23,11 @@ from ray_accel_ckpt.runtime.sinks import Sink, sink_for
 from ray_accel_ckpt.state import rng
 from ray_accel_ckpt.state.bundle import Plan, StateBundle, require_stateful
 from ray_accel_ckpt.state.hooks import Hooks, LoadHook, SaveHook
-from ray_accel_ckpt.state.loader import PreparedLoader, SkippedLoader
+from ray_accel_ckpt.state.loader import PreparedLoader
 from ray_accel_ckpt.state.model import ModelPart
 from ray_accel_ckpt.state.parts import ProgressPart
 from ray_accel_ckpt.state.passes import EpochWatch
+from ray_accel_ckpt.state.skipping import SkippedLoader
 
 logger = logging.getLogger(__name__)
 
