@@ -75,11 +75,8 @@ class SavedCheckpoint:
         for manifest in self._snapshot.manifests:
             self._fetch.verify_header(manifest.rank)
             for info in manifest.slices:
-                self._snapshot_read(Located(rank=manifest.rank, info=info))
+                _read(self._fetch, Located(rank=manifest.rank, info=info))
             self._snapshot.parts(manifest.rank)
-
-    def _snapshot_read(self, piece: Located) -> torch.Tensor:
-        return _read(self._fetch, piece)
 
 
 def open_checkpoint(checkpoint: Any) -> SavedCheckpoint:
