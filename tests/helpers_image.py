@@ -105,8 +105,8 @@ def image_of(
     run: str = RUN,
 ) -> Image:
     """What `rank` would write of a captured bundle."""
-    specs = partition.specs_of(captured)
-    layout = shard.plan(partition.share(specs, rank=rank, world_size=world_size))
+    specs = partition.specs_of(captured, rank=rank, world_size=world_size)
+    layout = shard.plan(partition.share(specs, rank=rank))
     info = SaveInfo(
         run=run,
         attempt=attempt,

@@ -76,7 +76,7 @@ class Hashing:
         for placed in self._image.layout.placed:
             digests: list[str] = []
             self._blocks.append(digests)
-            for begin, end in block_ranges(placed.begin, placed.end):
+            for begin, end in block_ranges(placed.begin, placed.end, BLOCK):
                 digests.append(xxhash.xxh3_128_hexdigest(data[begin:end]))
                 if end - sent >= _CHUNK:
                     yield data[sent:end]
@@ -93,8 +93,8 @@ class Hashing:
                 scope=placed.slice.spec.scope.value,
                 dtype=name_of(placed.slice.spec.dtype),
                 shape=list(placed.slice.spec.shape),
-                offset=placed.slice.start,
-                length=placed.slice.stop - placed.slice.start,
+                offsets=list(placed.slice.box.start),
+                sizes=list(placed.slice.box.size),
                 begin=placed.begin,
                 end=placed.end,
                 blocks=blocks,
@@ -117,6 +117,7 @@ class Hashing:
             shard=ShardInfo(
                 file=shard_name(info.rank, info.world_size),
                 nbytes=image.layout.nbytes,
+                block=BLOCK,
                 header_nbytes=len(header),
                 header_checksum=xxhash.xxh3_128_hexdigest(header),
             ),
@@ -125,6 +126,6 @@ class Hashing:
         )
 
 
-def block_ranges(begin: int, end: int) -> Iterable[tuple[int, int]]:
-    """[begin, end) in blocks of `BLOCK` bytes, the last one shorter."""
-    return ((at, min(at + BLOCK, end)) for at in range(begin, end, BLOCK))
+def block_ranges(begin: int, end: int, block: int) -> Iterable[tuple[int, int]]:
+    """[begin, end) in blocks of `block` bytes, the last one shorter."""
+    return ((at, min(at + block, end)) for at in range(begin, end, block))

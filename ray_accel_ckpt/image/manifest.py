@@ -22,12 +22,14 @@ from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 
 from ray_accel_ckpt import errors
 from ray_accel_ckpt.image.dtypes import dtype_named
+from ray_accel_ckpt.state.box import Box
 from ray_accel_ckpt.state.part import Scope
 
 FORMAT: Final = "ray_accel_ckpt"
-VERSION: Final = 1
-BLOCK = 16 * 2**20
-"""Bytes that one checksum covers, at most."""
+VERSION: Final = 2
+BLOCK = 2**20
+"""Bytes that one checksum covers, in what is written: who wants some rows reads little more."""
+_BLOCK_OF_VERSION_1 = 16 * 2**20
 MAX_NBYTES = 128 * 2**20
 """Longest manifest that is written, or read at all."""
 MAX_HEADER_NBYTES = 8 + 100_000_000
@@ -48,17 +50,21 @@ class _Strict(BaseModel):
 
 
 class SliceInfo(_Strict):
-    """Rows of one tensor and the bytes [begin, end) of the shard that hold them."""
+    """A box of one tensor and the bytes [begin, end) of the shard that hold it."""
 
     name: Name
-    scope: Literal["replicated", "rank_zero", "per_rank"]
+    scope: Literal["replicated", "rank_zero", "per_rank", "sharded"]
     dtype: str
     shape: Annotated[list[Count], Field(max_length=MAX_DIMENSIONS)]
-    offset: Count
-    length: Count
+    offsets: Annotated[list[Count], Field(max_length=MAX_DIMENSIONS)]
+    sizes: Annotated[list[Count], Field(max_length=MAX_DIMENSIONS)]
     begin: Count
     end: Count
     blocks: Annotated[list[Digest], FailFast()]
+
+    @property
+    def box(self) -> Box:
+        return Box(start=tuple(self.offsets), size=tuple(self.sizes))
 
 
 class ShardInfo(_Strict):
@@ -66,6 +72,7 @@ class ShardInfo(_Strict):
 
     file: str
     nbytes: Count
+    block: Annotated[int, Field(ge=64, le=2**30, multiple_of=64)]
     header_nbytes: Count
     header_checksum: Digest
 
@@ -83,7 +90,7 @@ class Manifest(_Strict):
     """One rank's record of one save."""
 
     format: Literal["ray_accel_ckpt"]
-    version: Literal[1]
+    version: Literal[2]
     library: str
     run: str
     attempt: Annotated[str, Field(pattern=r"^[0-9a-f]{6,32}$")]
@@ -171,11 +178,30 @@ def decode(data: bytes, where: str) -> Manifest:
                 where=where,
                 remedy="upgrade ray_accel_ckpt to read it",
             )
-        manifest = Manifest.model_validate(raw)
-    except (ValidationError, ValueError, RecursionError, MemoryError) as e:
+        manifest = Manifest.model_validate(_from_version_1(raw) if version == 1 else raw)
+    except (
+        *(ValidationError, ValueError, RecursionError, MemoryError),
+        *(KeyError, TypeError, AttributeError),
+    ) as e:
         raise _corrupt(where, f"{type(e).__name__}: {str(e)[:500]}") from e
     _check(manifest, where)
     return manifest
+
+
+def _from_version_1(raw: dict[str, Any]) -> dict[str, Any]:
+    """The same manifest as version 2 writes it: slices were rows, blocks were longer."""
+
+    def boxed(info: dict[str, Any]) -> dict[str, Any]:
+        rest = {k: v for k, v in info.items() if k not in ("offset", "length")}
+        inner = info["shape"][1:]
+        offset, length = [info["offset"]], [info["length"]]
+        if not info["shape"]:
+            # A scalar was row 0 of 1.
+            offset, length = offset[info["offset"] == 0 :], length[info["length"] == 1 :]
+        return {**rest, "offsets": [*offset, *(0 for _ in inner)], "sizes": [*length, *inner]}
+
+    shard = {**raw["shard"], "block": _BLOCK_OF_VERSION_1}
+    return {**raw, "version": VERSION, "shard": shard, "slices": list(map(boxed, raw["slices"]))}
 
 
 def _check(manifest: Manifest, where: str) -> None:
@@ -189,7 +215,7 @@ def _check(manifest: Manifest, where: str) -> None:
     if manifest.shard.header_nbytes > MAX_HEADER_NBYTES:
         raise _corrupt(where, "the shard's header is longer than any")
     for info in manifest.slices:
-        _check_slice(info, where)
+        _check_slice(info, manifest.shard.block, where)
     names = [info.name for info in manifest.slices]
     if len(set(names)) != len(names):
         raise _corrupt(where, "a tensor is named twice")
@@ -199,24 +225,27 @@ def _check(manifest: Manifest, where: str) -> None:
         raise _corrupt(where, "slices overlap, leave gaps, or reach beyond the shard")
 
 
-def _check_slice(info: SliceInfo, where: str) -> None:
+def _check_slice(info: SliceInfo, block: int, where: str) -> None:
+    name = info.name[:200]
     dtype = dtype_named(info.dtype)
     if dtype is None:
-        raise _corrupt(
-            where, f"tensor {info.name[:200]!r} has no dtype that is known: {info.dtype[:50]!r}"
-        )
-    rows = info.shape[0] if info.shape else 1
-    nbytes = info.length * math.prod(info.shape[1:]) * dtype.itemsize
-    if info.offset + info.length > rows or info.begin + nbytes != info.end:
-        raise _corrupt(where, f"tensor {info.name[:200]!r} does not have the bytes of its shape")
+        raise _corrupt(where, f"tensor {name!r} has no dtype that is known: {info.dtype[:50]!r}")
+    if not len(info.shape) == len(info.offsets) == len(info.sizes):
+        raise _corrupt(where, f"tensor {name!r} has a slice of other dimensions than its own")
+    ends = [offset + size for offset, size in zip(info.offsets, info.sizes, strict=True)]
+    nbytes = math.prod(info.sizes) * dtype.itemsize
+    outside = any(end > n for end, n in zip(ends, info.shape, strict=True))
+    if outside or info.begin + nbytes != info.end:
+        raise _corrupt(where, f"tensor {name!r} does not have the bytes of its shape")
     if math.prod(max(n, 1) for n in info.shape) * dtype.itemsize >= 2**62:
-        raise _corrupt(where, f"tensor {info.name[:200]!r} has a shape beyond any memory")
+        raise _corrupt(where, f"tensor {name!r} has a shape beyond any memory")
     if info.begin % dtype.itemsize:
-        raise _corrupt(where, f"tensor {info.name[:200]!r} is not aligned to its dtype")
-    if Scope(info.scope) is not Scope.REPLICATED and info.length != rows:
-        raise _corrupt(where, f"tensor {info.name[:200]!r} is cut, but not replicated")
-    if len(info.blocks) != -(-nbytes // BLOCK):
-        raise _corrupt(where, f"tensor {info.name[:200]!r} has {len(info.blocks)} checksums")
+        raise _corrupt(where, f"tensor {name!r} is not aligned to its dtype")
+    shared = Scope(info.scope) in (Scope.REPLICATED, Scope.SHARDED)
+    if not shared and info.sizes != info.shape:
+        raise _corrupt(where, f"tensor {name!r} is cut, but not shared")
+    if len(info.blocks) != -(-nbytes // block):
+        raise _corrupt(where, f"tensor {name!r} has {len(info.blocks)} checksums")
 
 
 def _corrupt(where: str, why: str) -> errors.CorruptCheckpointError:

@@ -1,9 +1,10 @@
 """Which rank writes which rows of which tensor.
 
-All replicated tensors are laid end to end in name order, and the line of bytes
-is cut into `world_size` equal pieces, each cut moved down to a row boundary. So
-the largest share exceeds the mean by less than one row, no rank asks another,
-and every rank computes the same cuts.
+What several ranks hold alike (all of a replicated tensor, or the same shard of a
+sharded one) is laid end to end in name order, and the line of bytes is cut into
+as many equal pieces as there are holders, each cut moved down to a row boundary.
+So the largest piece exceeds the mean by less than one row, no rank asks another,
+and every holder computes the same cuts.
 """
 
 from __future__ import annotations
@@ -19,96 +20,131 @@ import xxhash
 from ray_accel_ckpt.errors import UnsupportedStateError
 from ray_accel_ckpt.image.dtypes import STORED, name_of
 from ray_accel_ckpt.image.manifest import MAX_DIMENSIONS, MAX_NAME
+from ray_accel_ckpt.state.box import Box
 from ray_accel_ckpt.state.part import Captured, Scope
+from ray_accel_ckpt.state.sharding import Held, held
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorSpec:
-    """A whole tensor, wherever its rows end up. A scalar has one row."""
+    """A whole tensor, and what one rank holds of it.
+
+    Attributes:
+        box: the indices that this rank holds.
+        peers: the ranks that hold the very same and share the writing of it.
+        layout: how a sharded tensor is cut, the same text on all ranks.
+    """
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     scope: Scope
-
-    @property
-    def rows(self) -> int:
-        return self.shape[0] if self.shape else 1
+    box: Box
+    peers: tuple[int, ...]
+    layout: str = ""
 
     @property
     def row_nbytes(self) -> int:
-        return math.prod(self.shape[1:]) * self.dtype.itemsize
+        """Bytes of one index of the first dimension of what is held."""
+        return math.prod(self.box.size[1:]) * self.dtype.itemsize
 
     @property
     def nbytes(self) -> int:
-        return self.rows * self.row_nbytes
+        return self.box.numel * self.dtype.itemsize
 
 
 @dataclass(frozen=True, kw_only=True)
 class Slice:
-    """Rows [start, stop) of one tensor."""
+    """Rows [start, stop) of what this rank holds of one tensor."""
 
     spec: TensorSpec
     start: int
     stop: int
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        return (self.stop - self.start, *self.spec.shape[1:]) if self.spec.shape else ()
+    def box(self) -> Box:
+        """Their place in the whole tensor."""
+        return self.spec.box.between(self.start, self.stop)
 
     @property
     def nbytes(self) -> int:
         return (self.stop - self.start) * self.spec.row_nbytes
 
 
-def specs_of(captured: Mapping[str, Captured]) -> list[TensorSpec]:
-    """Every tensor of a captured bundle, by name.
+def specs_of(captured: Mapping[str, Captured], *, rank: int, world_size: int) -> list[TensorSpec]:
+    """Every tensor of a captured bundle as `rank` holds it, by name.
 
     Raises:
-        UnsupportedStateError: a dtype, a name or a shape that the format does not have.
+        UnsupportedStateError: a dtype, a name, a shape or a way of sharding
+            that the format does not have.
     """
     specs = []
     for part in captured.values():
         for name, tensor in part.tensors.items():
             _refuse_unsupported(name, tensor)
-            shape = tuple(tensor.shape)
-            specs.append(
-                TensorSpec(name=name, dtype=tensor.dtype, shape=shape, scope=part.scopes[name])
-            )
+            specs.append(spec_of(name, tensor, part.scopes[name], rank, world_size))
     return sorted(specs, key=lambda spec: spec.name)
 
 
-def share(specs: Iterable[TensorSpec], *, rank: int, world_size: int) -> list[Slice]:
-    """What `rank` writes: its piece of the replicated line and all that is its own.
+def spec_of(
+    name: str, tensor: torch.Tensor, scope: Scope, rank: int, world_size: int
+) -> TensorSpec:
+    """One tensor as `rank` of `world_size` holds it."""
+    shape = tuple(tensor.shape)
+    everybody = tuple(range(world_size))
+    if scope is Scope.SHARDED and tensor.numel():
+        here = held(tensor, name)
+    elif scope is Scope.SHARDED:
+        # Nothing to cut, and yet it has to be somewhere.
+        here = Held(box=Box.whole(shape), peers=everybody, layout="")
+    else:
+        peers = {Scope.REPLICATED: everybody, Scope.RANK_ZERO: (0,), Scope.PER_RANK: (rank,)}
+        here = Held(box=Box.whole(shape), peers=peers[scope], layout="")
+    return TensorSpec(
+        name=name,
+        dtype=tensor.dtype,
+        shape=shape,
+        scope=scope,
+        box=here.box,
+        peers=here.peers,
+        layout=here.layout,
+    )
 
-    Tensors without bytes are rank 0's.
+
+def share(specs: Iterable[TensorSpec], *, rank: int) -> list[Slice]:
+    """What `rank` writes: of each line of tensors that it holds, its piece.
+
+    Tensors without bytes are written by the first of their holders.
     """
-    specs = list(specs)
-    replicated = [s for s in specs if s.scope is Scope.REPLICATED]
-    total = sum(spec.nbytes for spec in replicated)
-    begin, end = total * rank // world_size, total * (rank + 1) // world_size
-    slices = []
-    base = 0
-    for spec in replicated:
-        if spec.nbytes == 0:
-            start, stop = (0, spec.rows) if rank == 0 else (0, 0)
-            belongs = rank == 0
-        else:
-            start = _rows_before(begin - base, spec)
-            stop = _rows_before(end - base, spec)
-            belongs = start < stop
-        if belongs:
-            slices.append(Slice(spec=spec, start=start, stop=stop))
-        base += spec.nbytes
+    lines: dict[tuple[int, ...], list[TensorSpec]] = {}
     for spec in specs:
-        if spec.scope is Scope.PER_RANK or (spec.scope is Scope.RANK_ZERO and rank == 0):
-            slices.append(Slice(spec=spec, start=0, stop=spec.rows))
-    return slices
+        if rank in spec.peers:
+            lines.setdefault(spec.peers, []).append(spec)
+    return [piece for peers, line in lines.items() for piece in _piece(line, peers, rank)]
+
+
+def _piece(line: list[TensorSpec], peers: tuple[int, ...], rank: int) -> Iterable[Slice]:
+    index, count = peers.index(rank), len(peers)
+    total = sum(spec.nbytes for spec in line)
+    begin, end = total * index // count, total * (index + 1) // count
+    base = 0
+    for spec in line:
+        if spec.nbytes:
+            start, stop = _rows_before(begin - base, spec), _rows_before(end - base, spec)
+            if start < stop:
+                yield Slice(spec=spec, start=start, stop=stop)
+        elif index == 0 and spec.box == Box.whole(spec.shape):
+            yield Slice(spec=spec, start=0, stop=spec.box.rows)
+        base += spec.nbytes
 
 
 def plan_digest(specs: Iterable[TensorSpec], *, world_size: int) -> str:
-    """xxh3-128 of what all ranks must agree on: the replicated tensors and the world size."""
-    line = [[s.name, name_of(s.dtype), list(s.shape)] for s in specs if s.scope is Scope.REPLICATED]
+    """xxh3-128 of what all ranks must agree on: the tensors they share, and the world size."""
+    line = [
+        [s.name, name_of(s.dtype), list(s.shape), *([s.layout] if s.layout else [])]
+        for s in specs
+        if s.scope in (Scope.REPLICATED, Scope.SHARDED)
+    ]
     text = json.dumps([world_size, line], separators=(",", ":"))
     return xxhash.xxh3_128_hexdigest(text.encode())
 
@@ -147,4 +183,4 @@ def _is_text(name: str) -> bool:
 
 
 def _rows_before(position: int, spec: TensorSpec) -> int:
-    return min(max(position, 0) // spec.row_nbytes, spec.rows)
+    return min(max(position, 0) // spec.row_nbytes, spec.box.rows)

@@ -1,27 +1,16 @@
-"""Any slice of any tensor out of any set of shards, proved before it is used."""
+"""The manifests of one checkpoint, and in which shards the pieces of a tensor lie."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
-
-import torch
-import xxhash
 
 from ray_accel_ckpt.errors import CorruptCheckpointError, NotACheckpointError
-from ray_accel_ckpt.image.dtypes import dtype_named
-from ray_accel_ckpt.image.image import block_ranges
 from ray_accel_ckpt.image.manifest import Manifest, PartInfo, SliceInfo
-from ray_accel_ckpt.image.staging import bytes_of
+from ray_accel_ckpt.image.pieces import dtype_of
+from ray_accel_ckpt.state.box import tile
 from ray_accel_ckpt.state.part import SavedPart, SavedTensor, Scope
 from ray_accel_ckpt.state.tree import tensor_refs
-
-
-class Fetch(Protocol):
-    """Reads bytes [offset, offset + len(into)) of a shard into `into`, all of them or raises."""
-
-    def __call__(self, rank: int, offset: int, into: memoryview) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,112 +102,26 @@ class Snapshot:
                     remedy="use another checkpoint",
                 )
             info = pieces[0].info
-            tensors[ref] = SavedTensor(dtype=dtype_of(info), shape=tuple(info.shape))
+            tensors[ref] = SavedTensor(
+                dtype=dtype_of(info),
+                shape=tuple(info.shape),
+                sharded=any(Scope(p.info.scope) is Scope.SHARDED for p in pieces),
+            )
         return SavedPart(
             kind=part.kind, value=part.value, tensors=tensors, omitted=tuple(part.omitted)
         )
 
     def _check_cover(self, name: str, pieces: list[Located]) -> None:
-        pieces.sort(key=lambda p: (p.info.offset, p.info.length))
+        pieces.sort(key=lambda p: (p.info.offsets, p.info.sizes))
         first = pieces[0].info
-        row = 0
-        for piece in pieces:
-            same = (piece.info.dtype, piece.info.shape) == (first.dtype, first.shape)
-            if not same or piece.info.offset != row:
-                break
-            row += piece.info.length
-        else:
-            if row == (first.shape[0] if first.shape else 1):
-                return
-        raise NotACheckpointError(
-            f"tensor {name[:200]!r} is not there row for row",
-            where=self.where,
-            why="its slices in the shards overlap, leave gaps or differ in shape",
-            remedy="use another checkpoint",
-        )
-
-
-class Staged:
-    """Slices of one shard in a host buffer, to be verified and then dealt out."""
-
-    def __init__(self, rank: int, slices: Iterable[SliceInfo]) -> None:
-        self.rank = rank
-        self.slices = sorted(slices, key=lambda info: info.begin)
-        self._at: dict[str, int] = {}
-        position = 0
-        for info in self.slices:
-            # The same alignment as in the file, so that bytes can be viewed as their dtype.
-            position += (info.begin - position) % 64
-            self._at[info.name] = position
-            position += info.end - info.begin
-        self.nbytes = position
-        self._buffer = torch.empty(0, dtype=torch.uint8)
-
-    def read(self, fetch: Fetch, buffer: torch.Tensor) -> None:
-        """Fill `buffer` (uint8, at least `nbytes`): neighbouring slices in one read."""
-        self._buffer = buffer
-        view = bytes_of(buffer)
-        run: tuple[int, int, int] | None = None
-        for info in [i for i in self.slices if i.begin < i.end]:
-            at = self._at[info.name]
-            if run is not None and run[1] == info.begin and run[2] + run[1] - run[0] == at:
-                run = (run[0], info.end, run[2])
-                continue
-            self._fetch(fetch, run, view)
-            run = (info.begin, info.end, at)
-        self._fetch(fetch, run, view)
-
-    def verify(self, where: str) -> None:
-        """Prove every slice. Raises `CorruptCheckpointError` naming the first bad one."""
-        view = bytes_of(self._buffer)
-        for info in self.slices:
-            at = self._at[info.name]
-            verify_slice(info, view[at : at + info.end - info.begin], where)
-
-    def rows(self, info: SliceInfo) -> torch.Tensor:
-        """The slice, as a tensor in the buffer."""
-        at = self._at[info.name]
-        return as_tensor(info, self._buffer[at : at + info.end - info.begin])
-
-    def _fetch(self, fetch: Fetch, run: tuple[int, int, int] | None, view: memoryview) -> None:
-        if run is not None:
-            begin, end, at = run
-            fetch(self.rank, begin, view[at : at + end - begin])
-
-
-def verify_slice(info: SliceInfo, data: memoryview, where: str) -> None:
-    """Prove the bytes of one slice. Raises `CorruptCheckpointError`."""
-    for (begin, end), digest in zip(block_ranges(0, len(data)), info.blocks, strict=True):
-        if xxhash.xxh3_128_hexdigest(data[begin:end]) != digest:
-            raise CorruptCheckpointError(
-                f"bytes of tensor {info.name!r} are not those that were written",
-                where=f"{where}, bytes {info.begin + begin} to {info.begin + end}",
-                why="the checksum of this block does not match",
-                remedy="use an older checkpoint; check the disk or the bucket this one lay on",
+        alike = all((p.info.dtype, p.info.shape) == (first.dtype, first.shape) for p in pieces)
+        if not alike or not tile(first.shape, [p.info.box for p in pieces]):
+            raise NotACheckpointError(
+                f"tensor {name[:200]!r} is not there row for row",
+                where=self.where,
+                why="its slices in the shards overlap, leave gaps or differ in shape",
+                remedy="use another checkpoint",
             )
-
-
-def as_tensor(info: SliceInfo, data: torch.Tensor) -> torch.Tensor:
-    """View bytes (uint8) as the rows they are; the memory is shared."""
-    shape = (info.length, *info.shape[1:]) if info.shape else ()
-    if data.numel() == 0:
-        return torch.empty(shape, dtype=dtype_of(info))
-    return data.view(dtype_of(info)).view(shape)
-
-
-def dtype_of(info: SliceInfo) -> torch.dtype:
-    dtype = dtype_named(info.dtype)
-    if dtype is None:
-        raise CorruptCheckpointError(f"unknown dtype {info.dtype!r}", where=info.name)
-    return dtype
-
-
-def by_rank(pieces: Iterable[Located]) -> Mapping[int, list[SliceInfo]]:
-    """Slices grouped by the shard they lie in, each once."""
-    found: dict[int, dict[str, SliceInfo]] = {}
-    for piece in pieces:
-        found.setdefault(piece.rank, {})[piece.info.name] = piece.info
-    return {rank: list(infos.values()) for rank, infos in found.items()}
 
 
 def _identity(manifest: Manifest) -> tuple[object, ...]:

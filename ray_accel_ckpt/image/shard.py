@@ -58,7 +58,7 @@ def plan(slices: Iterable[Slice]) -> Layout:
         end = offset + piece.nbytes
         entries[piece.spec.name] = {
             "dtype": stored.name,
-            "shape": [*piece.shape, *stored.extra],
+            "shape": [*piece.box.size, *stored.extra],
             "data_offsets": [offset, end],
         }
         offsets.append((offset, end))

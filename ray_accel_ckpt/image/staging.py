@@ -15,6 +15,7 @@ import torch
 
 from ray_accel_ckpt.errors import ConfigurationError
 from ray_accel_ckpt.image.shard import Layout
+from ray_accel_ckpt.state.sharding import local
 
 
 class Slot:
@@ -44,9 +45,9 @@ class Slot:
             piece = placed.slice
             if piece.nbytes == 0:
                 continue
-            source = tensors[piece.spec.name]
+            source = local(tensors[piece.spec.name])
             rows = source[piece.start : piece.stop] if piece.spec.shape else source
-            target = buffer[placed.begin : placed.end].view(source.dtype).view(piece.shape)
+            target = buffer[placed.begin : placed.end].view(source.dtype).view(piece.box.size)
             on_device |= source.device.type != "cpu"
             target.copy_(rows, non_blocking=True)
         if on_device:

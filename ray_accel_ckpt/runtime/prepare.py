@@ -13,13 +13,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from ray_accel_ckpt.errors import ConfigurationError
 from ray_accel_ckpt.runtime.ray_run import training_device
+from ray_accel_ckpt.runtime.refusals import refuse_unreadable_model, refuse_unreadable_optimizer
 from ray_accel_ckpt.runtime.session import Session
 from ray_accel_ckpt.state.bundle import StateBundle
 from ray_accel_ckpt.state.loader import PreparedLoader
 from ray_accel_ckpt.state.model import ModelPart
 from ray_accel_ckpt.state.optimizer import OptimizerPart
+from ray_accel_ckpt.state.sharding import held, is_sharded
 
 
 class AccumulationWindow:
@@ -144,11 +145,19 @@ def prepare_model(
 ) -> nn.Module:
     """Move to `device`; wrap for data parallelism if there are peers and something to train.
 
+    A model that is sharded already (`fully_shard`, tensor parallel plans) stays as it is.
+
     Raises:
-        ConfigurationError: the model is sharded, which this version does not save.
+        ConfigurationError: the model is sharded in a way that cannot be read.
+        UnsupportedStateError: a parameter's shards are not boxes of a mesh over all ranks.
     """
-    _refuse_sharded(model)
+    refuse_unreadable_model(model)
     if isinstance(model, DistributedDataParallel):
+        return model
+    sharded = {name: p for name, p in model.named_parameters() if is_sharded(p)}
+    for name, parameter in sharded.items():
+        held(parameter, name)
+    if sharded:
         return model
     model = model.to(device)
     trains = any(p.requires_grad for p in model.parameters())
@@ -158,33 +167,15 @@ def prepare_model(
     return PinnedDDP(model, **{"device_ids": devices, **ddp_kwargs})
 
 
-def _refuse_sharded(model: nn.Module) -> None:
-    wrappers = {type(module).__name__ for module in model.modules()}
-    sharded = "FullyShardedDataParallel" in wrappers or any(
-        type(p).__name__ == "DTensor" for p in model.parameters()
-    )
-    if sharded:
-        raise ConfigurationError(
-            "the model is sharded over the workers",
-            why="this version saves replicated models only",
-            remedy="pass the plain model to prepare(), which makes it data parallel",
-        )
-
-
 def prepare_optimizer(
     optimizer: Optimizer, scaler: torch.amp.GradScaler | None, stepped: Callable[[], None]
 ) -> Optimizer:
     """Tell `stepped` of each step, and step through the scaler if there is one.
 
     Raises:
-        ConfigurationError: the optimizer shards its state, which this version does not save.
+        ConfigurationError: the optimizer shards its state in a way that cannot be read.
     """
-    if type(optimizer).__name__ == "ZeroRedundancyOptimizer":
-        raise ConfigurationError(
-            "ZeroRedundancyOptimizer keeps its state on other workers",
-            why="this version saves replicated optimizers only",
-            remedy="use the optimizer it wraps",
-        )
+    refuse_unreadable_optimizer(optimizer)
     optimizer.register_step_post_hook(lambda *_: stepped())
     return optimizer if scaler is None else ScaledOptimizer(optimizer, scaler, stepped)
 

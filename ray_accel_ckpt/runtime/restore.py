@@ -1,10 +1,11 @@
 """Which snapshot to resume from, agreed by all ranks, and how its bytes reach the state.
 
-A save run backwards. Each rank reads its share of the stored bytes into a
-staging slot and proves it; all ranks tell each other whether theirs is good; and
-only then are slices dealt out from the slots into live tensors. Each stored byte
-is read once by the group, nothing is half applied, and no rank needs more host
-memory than its slot and one chunk.
+A save run backwards. Each rank reads into a staging slot and proves what is its
+to read: what it alone needs (its rows of sharded tensors, its own streams), and
+of what all need whole its share, so that those bytes are read once by the group.
+All ranks tell each other whether theirs is good; and only then are slices dealt
+out into live tensors. Nothing is half applied, and no rank needs more host memory
+than its slot and one chunk.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from ray_accel_ckpt.errors import (
     NoUsableCheckpointError,
     StorageError,
 )
-from ray_accel_ckpt.image.manifest import SliceInfo
-from ray_accel_ckpt.image.reader import Located, Snapshot, Staged, as_tensor, by_rank, dtype_of
+from ray_accel_ckpt.image.pieces import Piece, Staged
+from ray_accel_ckpt.image.reader import Snapshot
 from ray_accel_ckpt.image.staging import Slot
+from ray_accel_ckpt.runtime.destination import Destination, Wanted
 from ray_accel_ckpt.runtime.group import Group
 from ray_accel_ckpt.state.bundle import Plan
-from ray_accel_ckpt.state.part import Scope
-from ray_accel_ckpt.state.tree import tensor_refs, unflatten
+from ray_accel_ckpt.state.tree import unflatten
 from ray_accel_ckpt.storage.catalog import Candidate, ShardFetch, candidates, open_snapshot
 from ray_accel_ckpt.storage.filesystem import Filesystem
 
@@ -112,9 +113,10 @@ class Restorer:
         """
         snapshot = self._agreed(lambda: self._open(path))
         plan = self._agreed(lambda: self.decide(snapshot))
-        wanted = self._wanted(snapshot, plan)
+        rank = self.group.rank
+        tensors = self._agreed(lambda: Destination(plan, snapshot, rank, self.device))
+        wanted = Wanted(plan, snapshot, tensors, rank)
         staged = self._agreed(lambda: self._read(snapshot, wanted))
-        tensors = _Destination(plan, snapshot, self.group.rank, self.device)
         self._deal(wanted, staged, tensors, live=False)
         states = self._agreed(lambda: self._understood(plan, tensors))
         # All of it is read, proved and understood, on every rank. From here on state changes.
@@ -123,7 +125,7 @@ class Restorer:
             part.apply(state)
         return Restored(snapshot=snapshot, path=path)
 
-    def _understood(self, plan: Plan, tensors: _Destination) -> list[Any]:
+    def _understood(self, plan: Plan, tensors: Destination) -> list[Any]:
         states = []
         for part, saved in plan.parts:
             state = unflatten(saved.value, tensors.all)
@@ -171,116 +173,83 @@ class Restorer:
 
     # --- reading -----------------------------------------------------------------------
 
-    def _wanted(self, snapshot: Snapshot, plan: Plan) -> dict[int, list[SliceInfo]]:
-        """Slices to read, by the rank whose shard holds them: equal on all ranks but for
-        the per-rank ones, which only their owner reads and nobody else needs."""
-        pieces: list[Located] = []
-        for _, saved in plan.parts:
-            for name in saved.tensors:
-                pieces += snapshot.located(name, self.group.rank)
-        return dict(sorted(by_rank(pieces).items()))
-
     def _reader(self, stored_rank: int) -> int:
-        """Which live rank reads the shard that `stored_rank` wrote."""
+        """Which live rank reads what all need of the shard that `stored_rank` wrote."""
         return stored_rank % self.group.world_size
 
-    def _read(self, snapshot: Snapshot, wanted: Mapping[int, list[SliceInfo]]) -> dict[int, Staged]:
-        """Read and prove what is this rank's to read: its shards, and its per-rank slices."""
-        mine = {}
-        for stored, infos in wanted.items():
-            all_of_it = self._reader(stored) == self.group.rank
-            chosen = [i for i in infos if all_of_it or Scope(i.scope) is Scope.PER_RANK]
-            if chosen:
-                mine[stored] = Staged(stored, chosen)
+    def _read(self, snapshot: Snapshot, wanted: Wanted) -> dict[int, Staged]:
+        """Read and prove what is this rank's to read, by the shard it lies in."""
         fetch = ShardFetch(self.filesystem, snapshot)
-        buffer = self.slot.reserve(sum(-(-s.nbytes // 64) * 64 for s in mine.values()))
+        mine = {}
+        for stored in range(snapshot.world_size):
+            pieces = list(wanted.own.get(stored, ()))
+            if self._reader(stored) == self.group.rank:
+                pieces += wanted.common.get(stored, ())
+            if pieces:
+                mine[stored] = fetch.staged(stored, pieces)
+        buffer = self.slot.reserve(sum(_padded(s.nbytes) for s in mine.values()))
         at = 0
         for stored, staged in mine.items():
             fetch.verify_header(stored)
             staged.read(fetch, buffer[at : at + staged.nbytes])
             staged.verify(fetch.path(stored))
-            at += -(-staged.nbytes // 64) * 64
+            at += _padded(staged.nbytes)
         return mine
 
     # --- dealing -----------------------------------------------------------------------
 
     def _deal(
         self,
-        wanted: Mapping[int, list[SliceInfo]],
+        wanted: Wanted,
         staged: Mapping[int, Staged],
-        tensors: _Destination,
+        tensors: Destination,
         *,
         live: bool,
     ) -> None:
         """Fill the fresh tensors, or those of live objects, from the slots of all ranks."""
-        for stored, infos in wanted.items():
-            source = self._reader(stored)
-            held = staged.get(stored)
-            chosen = [i for i in infos if (i.name in tensors.live) is live]
-            shared = [i for i in chosen if Scope(i.scope) is not Scope.PER_RANK]
-            for info in chosen:
-                if Scope(info.scope) is Scope.PER_RANK and held is not None:
-                    tensors.put(info, held.rows(info), 0)
-            for chunk in _chunks(sorted(shared, key=lambda i: i.begin)):
-                self._deal_chunk(chunk, source, held, tensors)
+        for stored, pieces in wanted.own.items():
+            for piece in pieces:
+                if tensors.is_live(piece) is live:
+                    tensors.put(piece, staged[stored].rows(piece))
+        for stored, pieces in wanted.common.items():
+            chosen = [piece for piece in pieces if tensors.is_live(piece) is live]
+            for chunk in _chunks(sorted(chosen, key=lambda p: p.info.begin)):
+                self._deal_chunk(chunk, self._reader(stored), staged.get(stored), tensors)
 
     def _deal_chunk(
-        self, chunk: list[_Piece], source: int, held: Staged | None, tensors: _Destination
+        self, chunk: list[Piece], source: int, held: Staged | None, tensors: Destination
     ) -> None:
         if self.group.world_size == 1 and held is not None:
             for piece in chunk:
-                rows = held.rows(piece.info)
-                tensors.put(piece.info, piece.of(rows), piece.start)
+                tensors.put(piece, held.rows(piece))
             return
         buffer = torch.empty(sum(_padded(p.nbytes) for p in chunk), dtype=torch.uint8)
-        parts = []
+        views = []
         at = 0
         for piece in chunk:
-            parts.append((piece, piece.view(buffer[at : at + piece.nbytes])))
+            views.append(piece.view(buffer[at : at + piece.nbytes]))
             at += _padded(piece.nbytes)
         if held is not None and self.group.rank == source:
-            for piece, view in parts:
-                view.copy_(piece.of(held.rows(piece.info)))
+            for piece, view in zip(chunk, views, strict=True):
+                view.copy_(held.rows(piece))
         self.group.broadcast(buffer, source)
-        for piece, view in parts:
-            tensors.put(piece.info, view, piece.start)
+        for piece, view in zip(chunk, views, strict=True):
+            tensors.put(piece, view)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Piece:
-    """Rows [start, stop) of a slice: as much as goes into one chunk."""
-
-    info: SliceInfo
-    start: int
-    stop: int
-
-    @property
-    def nbytes(self) -> int:
-        rows = max(1, self.info.length)
-        return (self.info.end - self.info.begin) // rows * (self.stop - self.start)
-
-    def of(self, rows: torch.Tensor) -> torch.Tensor:
-        return rows[self.start : self.stop] if self.info.shape else rows
-
-    def view(self, data: torch.Tensor) -> torch.Tensor:
-        """`data` (uint8, of `nbytes`) as these rows."""
-        rows = self.info.model_copy(update={"length": self.stop - self.start})
-        return as_tensor(rows, data)
-
-
-def _chunks(infos: list[SliceInfo]) -> Iterator[list[_Piece]]:
+def _chunks(pieces: list[Piece]) -> Iterator[list[Piece]]:
     """Cut slices at row boundaries into chunks of about `_CHUNK` bytes; the same on each rank."""
-    chunk: list[_Piece] = []
+    chunk: list[Piece] = []
     room = _CHUNK
-    for info in infos:
-        if info.begin == info.end:
+    for piece in pieces:
+        rows = piece.stop - piece.first
+        if piece.nbytes == 0:
             continue
-        rows = max(1, info.length)
-        row_nbytes = max(1, (info.end - info.begin) // rows)
-        start = 0
-        while start < info.length:
-            take = min(info.length - start, max(1, room // row_nbytes))
-            chunk.append(_Piece(info=info, start=start, stop=start + take))
+        row_nbytes = max(1, piece.nbytes // rows)
+        start = piece.first
+        while start < piece.stop:
+            take = min(piece.stop - start, max(1, room // row_nbytes))
+            chunk.append(Piece(info=piece.info, first=start, stop=start + take))
             room -= take * row_nbytes
             start += take
             if room <= 0:
@@ -288,28 +257,6 @@ def _chunks(infos: list[SliceInfo]) -> Iterator[list[_Piece]]:
                 chunk, room = [], _CHUNK
     if chunk:
         yield chunk
-
-
-class _Destination:
-    """Where rows go: into the plan's live tensors, or into fresh ones of the right device."""
-
-    def __init__(self, plan: Plan, snapshot: Snapshot, rank: int, device: torch.device) -> None:
-        self.live = dict(plan.targets)
-        self.all = dict(plan.targets)
-        for _, saved in plan.parts:
-            for name, where in tensor_refs(saved.value).items():
-                if name not in self.live:
-                    info = snapshot.located(name, rank)[0].info
-                    target = device if where == "accelerator" else torch.device("cpu")
-                    self.all[name] = torch.empty(info.shape, dtype=dtype_of(info), device=target)
-
-    @torch.no_grad()
-    def put(self, info: SliceInfo, rows: torch.Tensor, start: int) -> None:
-        target = self.all[info.name]
-        if info.shape:
-            first = info.offset + start
-            target = target[first : first + rows.shape[0]]
-        target.copy_(rows)
 
 
 def _padded(nbytes: int) -> int:

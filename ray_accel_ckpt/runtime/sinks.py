@@ -174,10 +174,10 @@ def freeze(
         UnsupportedStateError: a dtype the format does not have.
     """
     rank, world_size = session.group.rank, session.group.world_size
-    specs = partition.specs_of(captured)
+    specs = partition.specs_of(captured, rank=rank, world_size=world_size)
     plan = partition.plan_digest(specs, world_size=world_size)
     _check_plan(session, plan)
-    layout = shard.plan(partition.share(specs, rank=rank, world_size=world_size))
+    layout = shard.plan(partition.share(specs, rank=rank))
     info = SaveInfo(
         run=session.run.name if session.run is not None else "",
         attempt=save_id,

@@ -29,10 +29,12 @@ class Plan:
     Attributes:
         parts: what will be applied, in order, each with what the checkpoint holds of it.
         targets: live tensors that stored ones are copied into, by stored name.
+        templates: sharded tensors that fresh ones are made like, by stored name.
     """
 
     parts: tuple[tuple[Part, SavedPart], ...]
     targets: Mapping[str, torch.Tensor]
+    templates: Mapping[str, torch.Tensor]
 
 
 class StateBundle:
@@ -114,6 +116,8 @@ class StateBundle:
             else:
                 captured[part.name] = part.capture()
         if with_gradients:
+            for model in self.of_type(ModelPart):
+                model.require_reduced_gradients()
             captured[self.gradients.name] = self.gradients.capture()
         captured[self.rng.name] = self.rng.capture()
         return captured
@@ -180,9 +184,11 @@ class StateBundle:
             logger.warning("loading what fits of %s: %s", where, differences)
         fitting = [(p, s) for p, s in chosen if p.kind == s.kind and (strict or _fits(p, s))]
         targets: dict[str, torch.Tensor] = {}
+        templates: dict[str, torch.Tensor] = {}
         for part, stored in fitting:
             targets.update(part.targets(stored))
-        return Plan(parts=tuple(fitting), targets=targets)
+            templates.update(part.templates(stored))
+        return Plan(parts=tuple(fitting), targets=targets, templates=templates)
 
     # --- names -------------------------------------------------------------------------
 
@@ -192,7 +198,7 @@ class StateBundle:
 
     def _named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         for part in self.of_type(ModelPart):
-            for name, parameter in part.module.named_parameters():
+            for name, parameter in part.named_parameters():
                 yield f"{part.name}.{name}", parameter
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:

@@ -222,6 +222,9 @@ class PreparedLoader:
     def targets(self, saved: SavedPart) -> Mapping[str, torch.Tensor]:
         return {}
 
+    def templates(self, saved: SavedPart) -> Mapping[str, torch.Tensor]:
+        return {}
+
     def check(self, state: Any) -> None:
         wanted = {*self.cursor.state(replay=False), "units", "world_size"}
         known = isinstance(state, dict) and set(state) == wanted

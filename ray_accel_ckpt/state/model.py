@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ray_accel_ckpt.errors import UnsupportedStateError
 from ray_accel_ckpt.state.part import Captured, Differences, SavedPart, Scope, require
-from ray_accel_ckpt.state.tree import encoded_items, flatten, tensor_ref
+from ray_accel_ckpt.state.sharding import has_unreduced_gradients, is_sharded, reshard
+from ray_accel_ckpt.state.tree import encoded_items, flatten, same_view, tensor_ref
 
 _EXTRA_STATE = "_extra_state"
 
@@ -47,10 +49,14 @@ class ModelPart:
         parameters = {
             f"{self.name}/{n}" for n, _ in self.module.named_parameters(remove_duplicate=False)
         }
-        local = {f"{self.name}/{n}" for n in self._ignored_by_ddp()}
+        own = {f"{self.name}/{n}" for n in self._ignored_by_ddp()}
+        # Beside sharded ones: nobody says that plain parameters are equal on all ranks.
+        beside = any(map(is_sharded, flat.tensors.values()))
         scopes = {}
-        for name in flat.tensors:
-            if name in local:
+        for name, tensor in flat.tensors.items():
+            if is_sharded(tensor):
+                scopes[name] = Scope.SHARDED
+            elif name in own or (beside and name in parameters):
                 scopes[name] = Scope.PER_RANK
             elif name in parameters:
                 scopes[name] = Scope.REPLICATED
@@ -95,6 +101,10 @@ class ModelPart:
                 targets[ref] = tensor
         return targets
 
+    def templates(self, saved: SavedPart) -> Mapping[str, torch.Tensor]:
+        del saved
+        return {}
+
     def check(self, state: Any) -> None:
         require(isinstance(state, Mapping), self.name, "expected a state dict")
 
@@ -111,8 +121,23 @@ class ModelPart:
                 # unless they are the very same memory.
                 target: Any = live.get(name)
                 fits = isinstance(target, torch.Tensor) and target.shape == saved.shape
-                if fits and target.dtype == saved.dtype and target.data_ptr() != saved.data_ptr():
+                if fits and target.dtype == saved.dtype and same_view(target) != same_view(saved):
                     target.copy_(saved)
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Those that an optimizer knows, also when a forward has gathered sharded ones."""
+        reshard(self.module)
+        yield from self.module.named_parameters()
+
+    def require_reduced_gradients(self) -> None:
+        """Raise `UnsupportedStateError` if gradients wait where no state can hold them."""
+        if has_unreduced_gradients(self.module):
+            raise UnsupportedStateError(
+                "cannot save gradients that FSDP has not summed over the workers yet",
+                where=self.name,
+                why="the backward ran under set_requires_gradient_sync(False)",
+                remedy="save after optimizer.step(), or leave the gradient sync on",
+            )
 
     def _ignored_by_ddp(self) -> set[str]:
         ignored = getattr(self.module, "_ddp_params_and_buffers_to_ignore", ())

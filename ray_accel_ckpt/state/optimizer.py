@@ -7,13 +7,15 @@ one too high for ever. Here the positions are translated and nothing is run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
-from ray_accel_ckpt.errors import CorruptCheckpointError
+from ray_accel_ckpt.errors import CorruptCheckpointError, UnsupportedStateError
 from ray_accel_ckpt.state.part import (
     Captured,
     Differences,
@@ -22,7 +24,8 @@ from ray_accel_ckpt.state.part import (
     captured_tree,
     require,
 )
-from ray_accel_ckpt.state.tree import Json
+from ray_accel_ckpt.state.sharding import is_sharded
+from ray_accel_ckpt.state.tree import Json, encoded_items, tensor_refs
 
 # What torch's element-wise optimizers keep in the shape of the parameter.
 _LIKE_PARAMETER = frozenset(
@@ -58,7 +61,46 @@ class OptimizerPart:
         extra = {k: v for k, v in positional.items() if k not in ("state", "param_groups")}
         if extra:
             tree["extra"] = extra
-        return captured_tree(tree, name=self.name, kind=self.kind, scope=Scope.REPLICATED)
+        captured = captured_tree(tree, name=self.name, kind=self.kind, scope=Scope.REPLICATED)
+        return replace(captured, scopes={**captured.scopes, **self._scopes(captured)})
+
+    def _scopes(self, captured: Captured) -> dict[str, Scope]:
+        """What is not replicated in an optimizer of sharded parameters.
+
+        Raises:
+            UnsupportedStateError: a state of a sharded parameter that is neither
+                sharded like it nor a single number.
+        """
+        parameters = dict(zip(self._names(), self._parameters(), strict=True))
+        if not any(map(is_sharded, parameters.values())):
+            return {}
+        scopes = {}
+        for name, parameter, ref in self._states(captured.value, parameters):
+            tensor = captured.tensors[ref]
+            if not is_sharded(parameter):
+                # As the parameter itself: nobody says that it is equal on all ranks.
+                scopes[ref] = Scope.PER_RANK
+            elif is_sharded(tensor) and tensor.shape == parameter.shape:
+                scopes[ref] = Scope.SHARDED
+            elif is_sharded(tensor) or tensor.numel() != 1:
+                raise UnsupportedStateError(
+                    "cannot save this optimizer's state of a sharded parameter",
+                    where=ref,
+                    why=f"it is no DTensor of {list(parameter.shape)} as {name!r} is, and what "
+                    "part of it belongs to which worker is not known",
+                    remedy="use an optimizer whose state has the parameter's shape, as those of "
+                    "torch.optim but Adafactor have, or do not shard the model",
+                )
+        return scopes
+
+    def _states(
+        self, value: Json, parameters: Mapping[str, torch.Tensor]
+    ) -> Iterator[tuple[str, torch.Tensor, str]]:
+        """Name and parameter of each tensor of a captured or saved state, and the tensor's name."""
+        for name, encoded in encoded_items(encoded_items(value).get("state")).items():
+            if name in parameters:
+                for ref in tensor_refs(encoded):
+                    yield name, parameters[name], ref
 
     def compare(self, saved: SavedPart, differences: Differences) -> None:
         shapes = dict(zip(self._names(), (tuple(p.shape) for p in self._parameters()), strict=True))
@@ -71,9 +113,25 @@ class OptimizerPart:
                 f"{self.name} (checkpoint: {len(_groups(saved.value))} parameter groups, "
                 f"optimizer: {live_groups})"
             )
+        parameters = dict(zip(self._names(), self._parameters(), strict=True))
+        for name, parameter, ref in self._states(saved.value, parameters):
+            shape = saved.tensors[ref].shape
+            if is_sharded(parameter) and shape != tuple(parameter.shape) and math.prod(shape) != 1:
+                differences.differing.append(
+                    f"{ref} (checkpoint: {list(shape)}; {name!r} is sharded, and only what has "
+                    f"its shape {list(parameter.shape)} can be dealt out like it)"
+                )
 
     def targets(self, saved: SavedPart) -> Mapping[str, torch.Tensor]:
         return {}
+
+    def templates(self, saved: SavedPart) -> Mapping[str, torch.Tensor]:
+        parameters = dict(zip(self._names(), self._parameters(), strict=True))
+        return {
+            ref: parameter
+            for _, parameter, ref in self._states(saved.value, parameters)
+            if is_sharded(parameter) and saved.tensors[ref].shape == tuple(parameter.shape)
+        }
 
     def check(self, state: Any) -> None:
         shapes = dict(zip(self._names(), (p.shape for p in self._parameters()), strict=True))

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from ray_accel_ckpt.errors import CorruptCheckpointError
+from ray_accel_ckpt.state.sharding import is_sharded
 from ray_accel_ckpt.state.tree import Json, flatten
 
 
@@ -22,6 +23,8 @@ class Scope(StrEnum):
     """Need not be equal; what rank 0 holds is the truth."""
     PER_RANK = "per_rank"
     """Belongs to one worker: each rank writes its own."""
+    SHARDED = "sharded"
+    """Cut over a mesh of ranks, a `DTensor`: each rank writes what it holds, copies once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +54,7 @@ class SavedTensor:
 
     dtype: torch.dtype
     shape: tuple[int, ...]
+    sharded: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +100,13 @@ class Part(Protocol):
         """Live tensors to copy stored ones into, by name; the others are allocated anew."""
         ...
 
+    def templates(self, saved: SavedPart) -> Mapping[str, torch.Tensor]:
+        """`DTensor`s whose mesh and placements tensors that are allocated anew get, by name.
+
+        A tensor that neither this nor `targets` names becomes a plain one, whole on each rank.
+        """
+        ...
+
     def check(self, state: Any) -> None:
         """Raise `CorruptCheckpointError` if `state` is no tree that this part writes.
 
@@ -122,12 +133,12 @@ def require(holds: bool, name: str, why: str) -> None:
 def captured_tree(
     value: Any, *, name: str, kind: str, scope: Scope, per_rank: bool = False
 ) -> Captured:
-    """A part whose tensors all have one scope."""
+    """A part whose tensors all have one scope, but for those that are sharded."""
     flat = flatten(value, name)
     return Captured(
         kind=kind,
         per_rank=per_rank,
         value=flat.value,
         tensors=flat.tensors,
-        scopes=dict.fromkeys(flat.tensors, scope),
+        scopes={n: Scope.SHARDED if is_sharded(t) else scope for n, t in flat.tensors.items()},
     )

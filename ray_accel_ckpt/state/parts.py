@@ -16,6 +16,7 @@ from ray_accel_ckpt.state.part import (
     captured_tree,
     require,
 )
+from ray_accel_ckpt.state.sharding import is_sharded
 from ray_accel_ckpt.state.tree import encoded_items, tensor_ref
 
 
@@ -35,6 +36,10 @@ class _Plain:
         del saved, differences
 
     def targets(self, saved: SavedPart) -> Mapping[str, torch.Tensor]:
+        del saved
+        return {}
+
+    def templates(self, saved: SavedPart) -> Mapping[str, torch.Tensor]:
         del saved
         return {}
 
@@ -80,8 +85,28 @@ class ObjectPart(_Plain):
                     f"registered: {tensor.dtype} {list(tensor.shape)})"
                 )
 
+    def templates(self, saved: SavedPart) -> Mapping[str, torch.Tensor]:
+        """The object's own sharded tensors: an average of a sharded model's weights has such."""
+        live = self.capture().tensors if self._may_be_sharded(saved) else {}
+        return {
+            name: tensor
+            for name, tensor in live.items()
+            if is_sharded(tensor)
+            and name in saved.tensors
+            and saved.tensors[name].shape == tuple(tensor.shape)
+        }
+
     def apply(self, state: Any) -> None:
         self.object.load_state_dict(state)
+
+    def _may_be_sharded(self, saved: SavedPart) -> bool:
+        """Whether to look: of an object that is no module, `state_dict` may cost anything."""
+        if any(spec.sharded for spec in saved.tensors.values()):
+            return True
+        module = self.object
+        return isinstance(module, torch.nn.Module) and any(
+            is_sharded(tensor) for tensor in module.state_dict().values()
+        )
 
 
 class GradientPart(_Plain):
@@ -98,6 +123,16 @@ class GradientPart(_Plain):
         return captured_tree(
             gradients, name=self.name, kind=self.kind, scope=Scope.PER_RANK, per_rank=True
         )
+
+    def templates(self, saved: SavedPart) -> Mapping[str, torch.Tensor]:
+        refs = {n: tensor_ref(value) for n, value in encoded_items(saved.value).items()}
+        return {
+            refs[name]: parameter
+            for name, parameter in self._named()
+            if is_sharded(parameter)
+            and refs.get(name) in saved.tensors
+            and saved.tensors[refs[name]].shape == tuple(parameter.shape)
+        }
 
     def check(self, state: Any) -> None:
         shapes = {name: parameter.shape for name, parameter in self._named()}

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from ray_accel_ckpt.errors import CorruptCheckpointError, UnsupportedStateError
+from ray_accel_ckpt.state.sharding import is_sharded, local
 
 Json: TypeAlias = Any
 TAG = "!"
@@ -110,12 +111,15 @@ def tensor_ref(value: Json) -> str:
 
 def same_view(tensor: torch.Tensor) -> tuple[Any, ...]:
     """A key that two tensors share exactly if they are the same view of the same memory."""
+    here = local(tensor)
     return (
-        tensor.device,
-        tensor.data_ptr(),
-        tensor.dtype,
+        here.device,
+        # Empty shards have no address: those of different tensors would seem to be one.
+        here.data_ptr() or here.untyped_storage()._cdata,
+        here.dtype,
         tuple(tensor.shape),
         tensor.stride(),
+        is_sharded(tensor),
     )
 
 
@@ -160,12 +164,12 @@ class _Flattener:
                 where=path,
                 remedy="save a dense tensor: state_dict() may return tensor.to_dense()",
             )
-        if type(plain) not in (torch.Tensor, torch.nn.Parameter):
+        if type(plain) not in (torch.Tensor, torch.nn.Parameter) and not is_sharded(plain):
             raise UnsupportedStateError(
                 f"cannot save a {type(plain).__module__}.{type(plain).__qualname__}",
                 where=path,
-                why="tensor subclasses (DTensor among them) hold more than their bytes",
-                remedy="save the plain tensors it is made of; sharded models are not supported yet",
+                why="tensor subclasses other than DTensor hold more than their bytes",
+                remedy="save the plain tensors it is made of",
             )
         key = same_view(plain)
         name = self._seen.get(key) if plain.numel() else None

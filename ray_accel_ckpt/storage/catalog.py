@@ -8,13 +8,16 @@ user's own folders included, is none of our business and is left alone.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 import xxhash
 
 from ray_accel_ckpt.errors import CorruptCheckpointError, NotACheckpointError
 from ray_accel_ckpt.image import manifest as manifests
 from ray_accel_ckpt.image.manifest import Manifest, manifest_name, shard_name
+from ray_accel_ckpt.image.pieces import Piece, Staged
 from ray_accel_ckpt.image.reader import Snapshot
 from ray_accel_ckpt.storage.filesystem import Filesystem
 from ray_accel_ckpt.storage.retry import retried
@@ -166,6 +169,17 @@ class ShardFetch:
                 why=str(e),
                 remedy="use another checkpoint",
             ) from e
+
+    def staged(self, rank: int, pieces: Iterable[Piece]) -> Staged:
+        """A plan for reading pieces of the shard that `rank` wrote."""
+        return Staged(rank, pieces, block=self._snapshot.manifests[rank].shard.block)
+
+    def piece(self, rank: int, piece: Piece) -> torch.Tensor:
+        """Read and prove some rows, with the blocks they lie in and nothing else."""
+        staged = self.staged(rank, [piece])
+        staged.read(self, torch.empty(staged.nbytes, dtype=torch.uint8))
+        staged.verify(self.path(rank))
+        return staged.rows(piece)
 
     def verify_header(self, rank: int) -> None:
         """Prove the shard's own header, which other tools read it by."""

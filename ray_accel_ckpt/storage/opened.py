@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from ray_accel_ckpt.errors import ConfigurationError
-from ray_accel_ckpt.image.reader import Located, Snapshot, Staged, by_rank, dtype_of
+from ray_accel_ckpt.image.pieces import Piece, dtype_of
+from ray_accel_ckpt.image.reader import Located, Snapshot
+from ray_accel_ckpt.state.box import Box, copy_overlap
 from ray_accel_ckpt.state.tree import TAG, Json, unflatten
 from ray_accel_ckpt.storage.catalog import ShardFetch, open_snapshot
 from ray_accel_ckpt.storage.filesystem import resolve
@@ -142,8 +144,8 @@ class _Tensors(Mapping[str, torch.Tensor]):
             return _read(self._fetch, pieces[0])
         whole = torch.empty(first.shape, dtype=dtype_of(first))
         for piece in pieces:
-            start = piece.info.offset
-            whole[start : start + piece.info.length] = _read(self._fetch, piece)
+            rows = _read(self._fetch, piece)
+            copy_overlap(whole, Box.whole(first.shape), rows, piece.info.box)
         return whole
 
     def __iter__(self) -> Iterator[str]:
@@ -159,9 +161,5 @@ def _lazy(value: Json, tensors: _Tensors) -> Any:
     return unflatten(value, tensors)
 
 
-def _read(fetch: ShardFetch, piece: Located) -> torch.Tensor:
-    ((rank, infos),) = by_rank([piece]).items()
-    staged = Staged(rank, infos)
-    staged.read(fetch, torch.empty(staged.nbytes, dtype=torch.uint8))
-    staged.verify(fetch.path(rank))
-    return staged.rows(piece.info)
+def _read(fetch: ShardFetch, located: Located) -> torch.Tensor:
+    return fetch.piece(located.rank, Piece.whole(located.info))

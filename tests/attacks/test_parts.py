@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from ray_accel_ckpt import Checkpointer, ProjectConfiguration
 from ray_accel_ckpt.errors import AccelCkptError
 from ray_accel_ckpt.image.manifest import SliceInfo
+from ray_accel_ckpt.image.pieces import Piece
 from ray_accel_ckpt.runtime import session, sinks
 from ray_accel_ckpt.runtime.restore import _chunks
 from ray_accel_ckpt.storage.fakes import MemoryFilesystem
@@ -160,10 +161,10 @@ def test_rows_without_bytes_are_not_dealt_out_one_by_one() -> None:
         scope="rank_zero",
         dtype="uint8",
         shape=[2**30, 0],
-        offset=0,
-        length=2**30,
+        offsets=[0, 0],
+        sizes=[2**30, 0],
         begin=64,
         end=64,
         blocks=[],
     )
-    assert len(list(_chunks([info]))) <= 1
+    assert len(list(_chunks([Piece.whole(info)]))) <= 1

@@ -43,7 +43,7 @@ def expected_schema() -> dict[str, Any]:
     body = Manifest.model_json_schema()
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "manifest-RRRRR-of-WWWWW.json of ray_accel_ckpt, format version 1",
+        "title": "manifest-RRRRR-of-WWWWW.json of ray_accel_ckpt, format version 2",
         "description": "One line, ended by a newline; `checksum` is xxh3-128 of the bytes of "
         "`body` as they stand in the file.",
         "type": "object",

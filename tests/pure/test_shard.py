@@ -141,5 +141,9 @@ def test_a_layout_is_planned_without_touching_tensors() -> None:
         tensors = {"part/x": torch.empty(1000, 1000)}
     part = captured["part"]
     scopes = {"part/x": Scope.RANK_ZERO}
-    spec = specs_of({"part": type(part)(**{**vars(part), "tensors": tensors, "scopes": scopes})})
-    assert plan(shard.Slice(spec=s, start=0, stop=s.rows) for s in spec).nbytes > 4_000_000
+    spec = specs_of(
+        {"part": type(part)(**{**vars(part), "tensors": tensors, "scopes": scopes})},
+        rank=0,
+        world_size=1,
+    )
+    assert plan(shard.Slice(spec=s, start=0, stop=s.box.rows) for s in spec).nbytes > 4_000_000

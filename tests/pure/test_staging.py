@@ -16,7 +16,7 @@ from tests.helpers_image import part_of
 
 def _planned(value: dict[str, torch.Tensor]) -> tuple[Layout, dict[str, torch.Tensor]]:
     captured = part_of(value)
-    layout = plan(share(specs_of(captured), rank=0, world_size=1))
+    layout = plan(share(specs_of(captured, rank=0, world_size=1), rank=0))
     return layout, dict(captured["part"].tensors)
 
 

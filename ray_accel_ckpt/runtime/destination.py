@@ -1,0 +1,94 @@
+"""Where stored rows go, and so which of them this rank needs.
+
+A tensor that is whole on every rank is needed by all: its bytes are read once by
+the group and broadcast. Of a sharded one each rank needs the rows that overlap
+its own shard, and reads just these. What a worker has for itself only it reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from ray_accel_ckpt.image.pieces import Piece, dtype_of
+from ray_accel_ckpt.image.reader import Snapshot
+from ray_accel_ckpt.state.box import Box, copy_overlap
+from ray_accel_ckpt.state.bundle import Plan
+from ray_accel_ckpt.state.part import Scope
+from ray_accel_ckpt.state.sharding import empty_like, held, is_sharded, local
+from ray_accel_ckpt.state.tree import tensor_refs
+
+
+class Destination:
+    """The plan's live tensors, and fresh ones, of the right device and sharding, for the rest.
+
+    Attributes:
+        all: every tensor of the plan by stored name. What is not live yet has no values yet.
+
+    Raises:
+        UnsupportedStateError: a live tensor is sharded in a way that is not read.
+    """
+
+    def __init__(self, plan: Plan, snapshot: Snapshot, rank: int, device: torch.device) -> None:
+        self._live = plan.targets
+        self.all: dict[str, torch.Tensor] = dict(plan.targets)
+        for _, saved in plan.parts:
+            for name, where in tensor_refs(saved.value).items():
+                if name in self.all:
+                    continue
+                info = snapshot.located(name, rank)[0].info
+                if name in plan.templates:
+                    self.all[name] = empty_like(plan.templates[name], dtype_of(info))
+                else:
+                    target = device if where == "accelerator" else torch.device("cpu")
+                    self.all[name] = torch.empty(info.shape, dtype=dtype_of(info), device=target)
+        self._boxes = {name: _box_of(name, tensor) for name, tensor in self.all.items()}
+
+    def is_live(self, piece: Piece) -> bool:
+        return piece.info.name in self._live
+
+    def is_sharded(self, name: str) -> bool:
+        return is_sharded(self.all[name])
+
+    def box(self, name: str) -> Box:
+        """What this rank holds of a tensor."""
+        return self._boxes[name]
+
+    def put(self, piece: Piece, rows: torch.Tensor) -> None:
+        """Copy what `rows` hold of this rank's part."""
+        name = piece.info.name
+        copy_overlap(local(self.all[name]), self._boxes[name], rows, piece.box)
+
+
+class Wanted:
+    """Pieces to read, by the rank whose shard holds them.
+
+    Attributes:
+        common: needed by all ranks, and so the same on all of them.
+        own: needed by this rank alone.
+    """
+
+    def __init__(self, plan: Plan, snapshot: Snapshot, tensors: Destination, rank: int) -> None:
+        common: dict[int, dict[str, Piece]] = {}
+        own: dict[int, dict[str, Piece]] = {}
+        for name in [name for _, saved in plan.parts for name in saved.tensors]:
+            for located in snapshot.located(name, rank):
+                alone = Scope(located.info.scope) is Scope.PER_RANK or tensors.is_sharded(name)
+                piece = Piece.whole(located.info)
+                if tensors.is_sharded(name):
+                    overlap = Piece.overlapping(located.info, tensors.box(name))
+                    if overlap is None:
+                        continue
+                    piece = overlap
+                (own if alone else common).setdefault(located.rank, {})[name] = piece
+        self.common = _in_order(common)
+        self.own = _in_order(own)
+
+
+def _box_of(name: str, tensor: torch.Tensor) -> Box:
+    return held(tensor, name).box if is_sharded(tensor) else Box.whole(tensor.shape)
+
+
+def _in_order(found: Mapping[int, Mapping[str, Piece]]) -> dict[int, list[Piece]]:
+    return {stored: list(found[stored].values()) for stored in sorted(found)}

@@ -1,0 +1,58 @@
+"""Ways of sharding that are recognised and not read: refused at `prepare`, never saved wrong.
+
+What such an object holds on this rank is a part of the whole, and nothing public
+says which part. Saved as if it were the whole, it would come back as nonsense.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.optim import Optimizer
+
+from ray_accel_ckpt.errors import ConfigurationError
+
+_FSDP2 = "use FSDP2, torch.distributed.fsdp.fully_shard(model), which is read and dealt out anew"
+_ENGINES = ("deepspeed", "fairscale", "megatron", "colossalai")
+"""Packages whose models and optimizers shard their state behind plain tensors."""
+
+
+def refuse_unreadable_model(model: nn.Module) -> None:
+    """Raise `ConfigurationError` if any module shards parameters other than as `DTensor`s."""
+    for name, module in model.named_modules():
+        kind = type(module)
+        engine = _engine(kind)
+        if engine or kind.__name__ == "FullyShardedDataParallel":
+            raise ConfigurationError(
+                "the model is sharded over the workers in a way that cannot be read",
+                where=name or kind.__qualname__,
+                why=f"{kind.__qualname__} keeps flat pieces of parameters, and which rows of "
+                "which parameter they are is its own business",
+                remedy=_FSDP2 + (f"; or save with {engine}'s own tools" if engine else ""),
+            )
+    for name, parameter in model.named_parameters():
+        if type(parameter).__name__ == "ShardedTensor":
+            raise ConfigurationError(
+                "the model has a ShardedTensor",
+                where=name,
+                why="torch has replaced it by DTensor, and only that is read",
+                remedy="shard it with torch.distributed.tensor.distribute_tensor",
+            )
+
+
+def refuse_unreadable_optimizer(optimizer: Optimizer) -> None:
+    """Raise `ConfigurationError` if the optimizer keeps parts of its state on other workers."""
+    kind = type(optimizer)
+    engine = _engine(kind)
+    if engine or kind.__name__ == "ZeroRedundancyOptimizer":
+        raise ConfigurationError(
+            "the optimizer keeps its state on other workers",
+            where=kind.__qualname__,
+            why="it deals parameters out to ranks, and this rank has the state of its own only",
+            remedy="use the optimizer it wraps; to shard its state too, " + _FSDP2,
+        )
+
+
+def _engine(kind: type) -> str:
+    """The package of `_ENGINES` that a class or one of its bases is from, else ""."""
+    packages = [base.__module__.partition(".")[0] for base in kind.__mro__]
+    return next((package for package in packages if package in _ENGINES), "")
