@@ -66,10 +66,11 @@ def train(
     on_step: Callable[[int], None] = lambda step: None,
     on_epoch_end: Callable[[int], None] = lambda epoch: None,
     on_loaded: Callable[[bool], None] = lambda resumed: None,
+    shard: Callable[[nn.Module], nn.Module] = lambda model: model,
 ) -> str:
     """Train and return a digest of everything this rank ended with."""
     torch.manual_seed(7)
-    model = network()
+    model = shard(network())
     seed_everything(rank)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     loader = DataLoader(Augmented(), batch_size=BATCH, shuffle=True, num_workers=loader_workers)
@@ -98,6 +99,7 @@ def digest(model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any) -
 
     def add(value: Any) -> None:
         if isinstance(value, torch.Tensor):
+            value = value.to_local() if hasattr(value, "to_local") else value
             found.update(value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         elif isinstance(value, dict):
             for key, each in value.items():

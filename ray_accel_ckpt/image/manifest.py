@@ -192,6 +192,8 @@ def _from_version_1(raw: dict[str, Any]) -> dict[str, Any]:
     """The same manifest as version 2 writes it: slices were rows, blocks were longer."""
 
     def boxed(info: dict[str, Any]) -> dict[str, Any]:
+        if {"offsets", "sizes"} & set(info):
+            raise ValueError("a slice of version 1 has the members of version 2")
         rest = {k: v for k, v in info.items() if k not in ("offset", "length")}
         inner = info["shape"][1:]
         offset, length = [info["offset"]], [info["length"]]
@@ -200,6 +202,8 @@ def _from_version_1(raw: dict[str, Any]) -> dict[str, Any]:
             offset, length = offset[info["offset"] == 0 :], length[info["length"] == 1 :]
         return {**rest, "offsets": [*offset, *(0 for _ in inner)], "sizes": [*length, *inner]}
 
+    if "block" in raw["shard"]:
+        raise ValueError("a shard of version 1 has the members of version 2")
     shard = {**raw["shard"], "block": _BLOCK_OF_VERSION_1}
     return {**raw, "version": VERSION, "shard": shard, "slices": list(map(boxed, raw["slices"]))}
 

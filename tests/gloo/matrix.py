@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ray_accel_ckpt import Checkpointer
-from tests.gloo.workers import write
+from tests.gloo.workers import smaller_group, write
 
 SIZES = (1, 2, 3, 4, 5, 8)
 """Numbers of workers, all paired with all."""
@@ -150,7 +150,6 @@ def _load(kind: str, source: Path, world_size: int) -> None:
 
 def run(rank: int, world_size: int, directory: Path) -> None:
     """What each of the processes does. `directory` then holds a result for each case."""
-    dist.destroy_process_group()
     saved = [f"{kind}-{n}" for n in SIZES for kind in kinds_of(n)]
     for n in SIZES:
         cases = {f"save {kind}-{n}": kind for kind in kinds_of(n)}
@@ -172,30 +171,18 @@ def run(rank: int, world_size: int, directory: Path) -> None:
             cases,
             lambda case, m=m: _load(case[0], directory / case[1], m),
         )
-    # As it was found: the caller ends its group.
-    _form(rank, world_size, directory / "last")
-
-
-def _form(rank: int, size: int, store: Path) -> None:
-    dist.init_process_group(
-        "gloo", store=dist.FileStore(str(store), size), rank=rank, world_size=size
-    )
 
 
 def _group(
     rank: int, size: int, store: Path, cases: dict[str, Any], work: Callable[[Any], None]
 ) -> None:
-    if rank >= size:
-        return
-    _form(rank, size, store)
-    results = {}
-    for name, case in cases.items():
-        try:
-            work(case)
-            problem = ""
-        except Exception:
-            problem = traceback.format_exc()
-        results[name] = problem
-    write(store.with_name(f"{store.name}-{rank}.json"), json.dumps(results))
-    dist.barrier()
-    dist.destroy_process_group()
+    with smaller_group(rank, size, store) as member:
+        results = {}
+        for name, case in cases.items() if member else ():
+            try:
+                work(case)
+                problem = ""
+            except Exception:
+                problem = traceback.format_exc()
+            results[name] = problem
+        write(store.with_name(f"{store.name}-{rank}.json"), json.dumps(results))

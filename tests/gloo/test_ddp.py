@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch.distributed.fsdp import fully_shard
 
 from ray_accel_ckpt import Checkpointer, EverySteps, ProjectConfiguration, errors, open_checkpoint
 from tests.gloo.workers import spawn, write
@@ -64,24 +63,6 @@ def _uneven_models(rank: int, world_size: int, directory: Path) -> None:
 
 def test_workers_with_different_models_are_refused_at_the_first_save(tmp_path: Path) -> None:
     spawn(_uneven_models, 2, tmp_path)
-
-
-def _sharded(rank: int, world_size: int, directory: Path) -> None:
-    # Here, because torch warns of itself when this is imported.
-    from torch.distributed.optim import ZeroRedundancyOptimizer
-
-    ckpt = _checkpointer(directory, 1)
-    mesh = torch.distributed.init_device_mesh("cpu", (world_size,))
-    with pytest.raises(errors.ConfigurationError, match="sharded over the workers"):
-        ckpt.prepare(fully_shard(nn.Linear(4, 4), mesh=mesh))
-    plain = nn.Linear(4, 4)
-    optimizer = ZeroRedundancyOptimizer(plain.parameters(), torch.optim.SGD, lr=0.1)
-    with pytest.raises(errors.ConfigurationError, match="keeps its state on other workers"):
-        ckpt.prepare(optimizer)
-
-
-def test_what_is_sharded_is_refused(tmp_path: Path) -> None:
-    spawn(_sharded, 2, tmp_path)
 
 
 def _save_then_damage_then_load(rank: int, world_size: int, directory: Path) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,31 @@ def _run(
         os._exit(1)
     dist.barrier()
     dist.destroy_process_group()
+
+
+def form(rank: int, size: int, store: Path) -> None:
+    """Make the first `size` processes a group; each must have left the one before it."""
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(str(store), size), rank=rank, world_size=size
+    )
+
+
+@contextlib.contextmanager
+def smaller_group(rank: int, size: int, store: Path) -> Iterator[bool]:
+    """Between two groups of all: the first `size` are one for a while; whether this rank is in it.
+
+    Starting processes costs seconds, forming a group milliseconds.
+    """
+    world_size = dist.get_world_size()
+    dist.barrier()
+    dist.destroy_process_group()
+    if rank < size:
+        form(rank, size, store)
+    yield rank < size
+    if rank < size:
+        dist.barrier()
+        dist.destroy_process_group()
+    form(rank, world_size, store.with_name(f"{store.name}-after"))
 
 
 def write(path: Path, text: str) -> None:
