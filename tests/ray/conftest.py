@@ -7,26 +7,39 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from ray.cluster_utils import Cluster
 
 TRIES = 5
 
 
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[None]:
-    """Ray gives its raylet 30 s to start, which a busy machine may not make: try again."""
+def cluster() -> Iterator[Cluster]:
+    """A head with eight CPUs, which a test may add nodes to.
+
+    Ray gives its raylet 30 s to start, which a busy machine may not make: try again.
+    """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     # Ray registers a report per poll; the default of 2 s only makes the tests longer.
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.3"
     import ray
 
     for attempt in range(TRIES):
+        started = Cluster()
         try:
-            ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False)
+            started.add_node(num_cpus=8, include_dashboard=False)
+            ray.init(address=started.address, log_to_driver=False)
             break
         except Exception:
-            with contextlib.suppress(Exception):
-                ray.shutdown()
+            _end(started)
             if attempt == TRIES - 1:
                 raise
-    yield
-    ray.shutdown()
+    yield started
+    _end(started)
+
+
+def _end(cluster: Cluster) -> None:
+    import ray
+
+    for stop in (ray.shutdown, cluster.shutdown):
+        with contextlib.suppress(Exception):
+            stop()
