@@ -385,12 +385,6 @@ def test_iterable_data_is_read_again_with_a_warning(caplog: pytest.LogCaptureFix
     assert "reading 2 batches again" in caplog.text
 
 
-def test_iterable_data_does_not_go_on_with_another_number_of_ranks() -> None:
-    saved = as_saved(prepared(DataLoader(Stream())).capture())
-    with pytest.raises(errors.ElasticDataError, match="2 workers"):
-        prepared(DataLoader(Stream()), world_size=2).compare(saved, Differences())
-
-
 def test_iterable_data_with_loader_workers() -> None:
     def make() -> DataLoader[Any]:
         return DataLoader(ShuffledStream(), batch_size=11, num_workers=1)
