@@ -104,8 +104,8 @@ class FromSampler:
     Those are of three moments: before the last listing, right after it, and now.
     Loading re-enacts them: it lists again from the first, which leaves the
     sampler as it was left then. The state of now is loaded only if somebody has
-    changed it since: to many samplers, loading the state of their end means to
-    yield nothing the next time.
+    changed it since: to samplers that count what they have yielded, loading the
+    state of their end means to yield nothing the next time.
     """
 
     units = None
@@ -141,15 +141,20 @@ class FromSampler:
             return None
         now = self._states()
         if self._of is None:
-            return {"epoch": None, "before": None, "now": now}
-        changed = not _same(now, self._after)
-        return {"epoch": self._of[1], "before": self._before, "now": now if changed else None}
+            return {"epoch": None, "length": 0, "before": None, "now": now}
+        return {
+            "epoch": self._of[1],
+            "length": len(self._listed),
+            "before": self._before,
+            "now": None if _same(now, self._after) else now,
+        }
 
     def understands(self, state: Any) -> bool:
-        if not isinstance(state, dict) or set(state) != {"epoch", "before", "now"}:
+        if not isinstance(state, dict) or set(state) != {"epoch", "length", "before", "now"}:
             return False
         epoch, before, now = state["epoch"], state["before"], state["now"]
         counted = epoch is None or (type(epoch) is int and epoch >= 0)
+        counted = counted and type(state["length"]) is int
         needed = (before is None) == (epoch is None) and not (epoch is None and now is None)
         lists = [each for each in (before, now) if each is not None]
         fit = all(isinstance(x, list) and len(x) == len(self._with_state) for x in lists)
@@ -161,7 +166,10 @@ class FromSampler:
             return
         if state["epoch"] is not None:
             self._set(state["before"])
-            self.draw(seed, state["epoch"])
+            if not self.draw(seed, state["epoch"]) and state["length"]:
+                # To it, what it was before this listing is the end of the listing before.
+                self._of = None
+                self.draw(seed, state["epoch"])
         if state["now"] is not None:
             self._set(state["now"])
 
