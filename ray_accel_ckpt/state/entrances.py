@@ -124,16 +124,9 @@ def entrance_of(loader: DataLoader[Any], generator: torch.Generator, name: str) 
         name: of the prepared loader, for messages.
     """
     loader.generator = generator
-    if loses_samples(loader.dataset):
-        return _told(
-            name,
-            FromTheFront(
-                loader,
-                "the shuffle buffer of a datasets.IterableDataset is not part of its state, and "
-                "the samples in it would be lost; shuffle(buffer_size=1), which shuffles shards, "
-                "can be entered",
-            ),
-        )
+    fault = fault_of_datasets(loader.dataset, loader.num_workers)
+    if fault:
+        return _told(name, FromTheFront(loader, fault))
     if has_state(loader):
         return ByLoader(loader)
     if not has_state(loader.dataset):
@@ -171,17 +164,27 @@ def has_state(obj: Any) -> bool:
     return hasattr(obj, "state_dict") and hasattr(obj, "load_state_dict")
 
 
-def loses_samples(dataset: Any) -> bool:
-    """Whether a 🤗 dataset shuffles in a buffer, which its state leaves out."""
+def fault_of_datasets(dataset: Any, num_workers: int) -> str:
+    """Why the state that a 🤗 dataset has would not bring back what it was saved at, if so."""
     pending = [getattr(dataset, "_ex_iterable", None)]
     while pending:
         stage = pending.pop()
-        buffers = type(stage).__name__ == "BufferShuffledExamplesIterable"
-        if buffers and getattr(stage, "buffer_size", 0) > 1:
-            return True
+        kind = type(stage).__name__
+        if kind == "BufferShuffledExamplesIterable" and getattr(stage, "buffer_size", 0) > 1:
+            return (
+                "the shuffle buffer of a datasets.IterableDataset is not part of its state, and "
+                "the samples in it would be lost; shuffle(buffer_size=1), which shuffles shards, "
+                "can be entered"
+            )
+        if kind == "InterleavedShardsExamplesIterable" and num_workers:
+            return (
+                "a datasets.IterableDataset that interleaves shards does not load the state it "
+                "had in a loader worker; with shuffle(max_buffer_input_shards=1, buffer_size=1) "
+                "or num_workers=0 it can be entered"
+            )
         below = [getattr(stage, "ex_iterable", None), *getattr(stage, "ex_iterables", ())]
         pending += [each for each in below if each is not None]
-    return False
+    return ""
 
 
 def _told(name: str, entrance: Entrance) -> Entrance:
