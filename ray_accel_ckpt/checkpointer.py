@@ -15,6 +15,7 @@ from ray_accel_ckpt.image.reader import Snapshot
 from ray_accel_ckpt.image.staging import SlotPool
 from ray_accel_ckpt.policy import SavePolicy
 from ray_accel_ckpt.project import ProjectConfiguration
+from ray_accel_ckpt.runtime.elastic import dealt_anew
 from ray_accel_ckpt.runtime.prepare import Preparer
 from ray_accel_ckpt.runtime.report import Metrics
 from ray_accel_ckpt.runtime.restore import Restored, Restorer
@@ -26,7 +27,6 @@ from ray_accel_ckpt.state.dealing import require_global_batch_size
 from ray_accel_ckpt.state.hooks import Hooks, LoadHook, SaveHook
 from ray_accel_ckpt.state.loader import PreparedLoader
 from ray_accel_ckpt.state.model import ModelPart
-from ray_accel_ckpt.state.part import SavedPart
 from ray_accel_ckpt.state.parts import ProgressPart
 from ray_accel_ckpt.state.passes import EpochWatch
 from ray_accel_ckpt.state.skipping import SkippedLoader
@@ -401,20 +401,9 @@ class Checkpointer:
         saved = snapshot.parts(rank)
         if snapshot.world_size != self._session.group.world_size:
             skip |= self._without_gradients(snapshot)
-            streams = self._dealt_anew(snapshot, only)
+            streams = dealt_anew(snapshot, self._bundle.of_type(PreparedLoader), only)
             saved, skip = saved | streams, skip - streams.keys()
         return self._bundle.plan(saved, only=only, skip=skip, strict=strict, where=snapshot.where)
-
-    def _dealt_anew(self, snapshot: Snapshot, only: tuple[str, ...] | None) -> dict[str, SavedPart]:
-        """Loaders of which each old rank had a position of its own: each new one gets one too."""
-        dealt = {}
-        for loader in self._bundle.of_type(PreparedLoader):
-            wanted = only is None or loader.name in only
-            if wanted and loader.name in snapshot.per_rank_parts():
-                parts = [m.parts[loader.name] for m in snapshot.manifests if loader.name in m.parts]
-                if all(part.kind == loader.kind for part in parts):
-                    dealt[loader.name] = loader.dealt_anew([part.value for part in parts])
-        return dealt
 
     def _without_gradients(self, snapshot: Snapshot) -> frozenset[str]:
         """What each worker had accumulated cannot be dealt out to another number of them."""

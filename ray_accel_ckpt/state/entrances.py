@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import logging
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -11,8 +10,6 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from ray_accel_ckpt.state.indexed import worker_options
-
-logger = logging.getLogger(__name__)
 
 
 class Entrance(Protocol):
@@ -116,17 +113,16 @@ class _Watched(IterableDataset[Any]):
         self.ended = True
 
 
-def entrance_of(loader: DataLoader[Any], generator: torch.Generator, name: str) -> Entrance:
+def entrance_of(loader: DataLoader[Any], generator: torch.Generator) -> Entrance:
     """The best way that dataset, loader and installed packages allow.
 
     Args:
         generator: what the base seed of loader workers is drawn from.
-        name: of the prepared loader, for messages.
     """
     loader.generator = generator
     fault = fault_of_datasets(loader.dataset, loader.num_workers)
     if fault:
-        return _told(name, FromTheFront(loader, fault))
+        return FromTheFront(loader, fault)
     if has_state(loader):
         return ByLoader(loader)
     if not has_state(loader.dataset):
@@ -140,13 +136,10 @@ def entrance_of(loader: DataLoader[Any], generator: torch.Generator, name: str) 
     try:
         torchdata = importlib.import_module("torchdata.stateful_dataloader")
     except ImportError:
-        return _told(
-            name,
-            FromTheFront(
-                loader,
-                "the dataset's state lies in the loader's worker processes, and torchdata, which "
-                "gets it from there, is not installed: pip install torchdata",
-            ),
+        return FromTheFront(
+            loader,
+            "the dataset's state lies in the loader's worker processes, and torchdata, which gets "
+            "it from there, is not installed: pip install torchdata",
         )
     return ByLoader(
         torchdata.StatefulDataLoader(
@@ -185,12 +178,3 @@ def fault_of_datasets(dataset: Any, num_workers: int) -> str:
         below = [getattr(stage, "ex_iterable", None), *getattr(stage, "ex_iterables", ())]
         pending += [each for each in below if each is not None]
     return ""
-
-
-def _told(name: str, entrance: Entrance) -> Entrance:
-    logger.warning(
-        "loader %r will be read again from its beginning when the run resumes: %s",
-        name,
-        entrance.why_not,
-    )
-    return entrance

@@ -146,8 +146,8 @@ class IndexedSource:
         if self._order.units is None and not self._told_of_listing:
             self._told_of_listing = True
             logger.info(
-                "loader %r: the %d indices of its sampler were listed again to get back to the "
-                "position of the checkpoint; no sample is read for it",
+                "loader %r: the %d indices of its sampler were listed to go on in the middle of "
+                "them; no sample is read for it",
                 self._name,
                 indices,
             )

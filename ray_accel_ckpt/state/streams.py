@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from ray_accel_ckpt.errors import ElasticDataError
 from ray_accel_ckpt.state.cursor import Cursor
-from ray_accel_ckpt.state.entrances import ByDataset, entrance_of
+from ray_accel_ckpt.state.entrances import ByDataset, entrance_of, has_state
 from ray_accel_ckpt.state.part import Differences
 from ray_accel_ckpt.state.rng import OwnStreams, check_host, derived_seed
 from ray_accel_ckpt.state.source import Served
@@ -45,9 +45,15 @@ class StreamSource:
         self._name = name
         self._rank, self._world_size = rank, world_size
         self._generator = torch.Generator()
-        self._entrance = entrance_of(loader, self._generator, name)
+        self._entrance = entrance_of(loader, self._generator)
         self._running: tuple[int, OwnStreams] | None = None
         self._entry: tuple[int, dict[str, Any]] | None = None
+        if rank == 0 and has_state(loader.dataset) and not self._entrance.kind:
+            logger.warning(
+                "loader %r will be read again from its beginning when the run resumes: %s",
+                name,
+                self._entrance.why_not,
+            )
 
     def length(self, cursor: Cursor) -> int:
         del cursor
@@ -198,12 +204,13 @@ class StreamSource:
         flat = flatten(dealt[self._rank], self._name)
         if flat.tensors:
             raise self._cannot(len(entries), "reshard() returned tensors or arrays")
-        logger.warning(
-            "loader %r: the streams of %d workers are dealt out anew to %d",
-            self._name,
-            len(entries),
-            self._world_size,
-        )
+        if self._rank == 0:
+            logger.warning(
+                "loader %r: the streams of %d workers are dealt out anew to %d",
+                self._name,
+                len(entries),
+                self._world_size,
+            )
         return {"dataset": flat.value, "ended": False}
 
     def _reshards(self) -> bool:

@@ -231,7 +231,7 @@ def test_going_on_lists_the_sampler_and_says_so_once(caplog: pytest.LogCaptureFi
     next(running)
     assert data.asked == [7, 9, 11]
     flat(moved_on(again, make))
-    assert len([m for m in caplog.messages if "the 11 indices of its sampler were" in m]) == 2
+    assert len([m for m in caplog.messages if "the 11 indices of its sampler" in m]) == 2
 
 
 # --- what a loader means ---------------------------------------------------------------

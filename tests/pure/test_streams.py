@@ -194,6 +194,15 @@ def test_no_sample_is_read_twice(tmp_path: Path, workers: int, loader_class: Any
     assert sorted(map(int, log.read_text().split())) == sorted(rest)
 
 
+@pytest.mark.parametrize("kind", ["buffer", "interleaved_workers"])
+def test_a_state_that_will_not_be_used_is_told_of_once(
+    kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    for rank in range(2):
+        prepared(READ_AGAIN[kind](), rank=rank, world_size=2)
+    assert len([m for m in caplog.messages if "will be read again" in m]) == 1
+
+
 def test_iterating_a_stream_leaves_the_global_streams_alone() -> None:
     before = streams()
     loader = prepared(ENTERED["state"]())
@@ -227,7 +236,9 @@ def test_an_ended_pass_is_followed_by_a_whole_one() -> None:
     assert [len(served) for served in passes(again, 1)] == [len(whole[1])]
 
 
-def test_saved_again_before_the_first_batch_the_place_is_the_same() -> None:
+def test_saved_again_before_the_first_batch_the_place_is_the_same(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     make = ENTERED["state"]
     whole = passes(prepared(make()), 1)
     loader = prepared(make())
@@ -239,6 +250,7 @@ def test_saved_again_before_the_first_batch_the_place_is_the_same() -> None:
     again = moved_on(again, make)
     iter(again)
     assert passes(moved_on(again, make), 1) == [whole[0][1:]]
+    assert not caplog.messages
 
 
 def test_skipping_from_a_place_in_the_middle_reads_only_what_lies_between(tmp_path: Path) -> None:
