@@ -79,7 +79,7 @@ class Preparer:
     def device(self) -> torch.device:
         return training_device()
 
-    def prepare(self, obj: Any) -> Any:
+    def prepare(self, obj: Any, *, global_batch_size: int | None = None) -> Any:
         """See `Checkpointer.prepare`. What is prepared already comes back as it is."""
         self._session.agree()
         group = self._session.group
@@ -104,6 +104,7 @@ class Preparer:
                 rank=group.rank,
                 world_size=group.world_size,
                 device=self.device,
+                global_batch_size=global_batch_size,
             )
             self._bundle.add(loader)
             return loader
