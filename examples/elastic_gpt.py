@@ -154,10 +154,8 @@ def demonstrate(storage: str) -> bool:
         result = fit("elastic", storage, workers=workers, until=until)
         loss = steps_of("elastic", storage)[until][1]
         saved = open_checkpoint(result.checkpoint)
-        print(
-            f"    step {until:3}: loss {loss:.4f}, saved at step {saved.step} by {saved.world_size}",
-            flush=True,
-        )
+        by = f"saved by {saved.world_size} at step {saved.step}"
+        print(f"    step {until:3}: loss {loss:.4f}, {by}", flush=True)
     untouched, elastic = (steps_of(name, storage) for name in ("untouched", "elastic"))
     first, second = digest(untouched), digest(elastic)
     print(f"loss at the end: {untouched[STEPS][1]:.4f} untouched, {elastic[STEPS][1]:.4f} elastic")
