@@ -94,7 +94,7 @@ class IndexedSource:
         return {"sampler": self._order.state()} if self._order.stateful else {}
 
     def compare(self, saved: Mapping[str, Json], differences: Differences) -> None:
-        if "loader_workers" in saved:
+        if "rows" in saved or "loader_workers" in saved:
             differences.differing.append(f"{self._name} (checkpoint: iterable, dataset: by index)")
         elif saved.get("units") != self.units:
             differences.differing.append(

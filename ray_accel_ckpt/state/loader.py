@@ -1,9 +1,9 @@
-"""The prepared `DataLoader`: same batches, resumable anywhere, on any number of workers."""
+"""The prepared loader: same batches, resumable anywhere, on any number of workers."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from ray_accel_ckpt.state.part import (
     captured_tree,
     require,
 )
+from ray_accel_ckpt.state.rows import RowSource
 from ray_accel_ckpt.state.source import Source
 from ray_accel_ckpt.state.streams import StreamSource
 from ray_accel_ckpt.state.tree import Json, encoded_items
@@ -34,7 +35,8 @@ def next_tick() -> int:
 
 
 class PreparedLoader:
-    """Serves one rank's batches of a `DataLoader`; the position is part of the state.
+    """Serves one rank's batches of a `DataLoader` or of an iterable of batches that
+    starts anew each time; the position is part of the state.
 
     Everything else (`dataset`, `batch_size`, ...) is the wrapped loader's.
     Iterating draws nothing from the global random streams: the order, the
@@ -42,7 +44,7 @@ class PreparedLoader:
     their own. Batches are moved to `device`.
 
     Args:
-        loader: the loader as the user made it.
+        loader: as the user made it.
         seed: what orders and augmentation are drawn from.
         rank, world_size: this worker among those that share the data.
         device: where batches go.
@@ -62,7 +64,7 @@ class PreparedLoader:
 
     def __init__(
         self,
-        loader: DataLoader[Any],
+        loader: DataLoader[Any] | Iterable[Any],
         *,
         name: str,
         seed: int,
@@ -78,17 +80,19 @@ class PreparedLoader:
         self._loader = loader
         self._device = device
         self._world_size = world_size
-        self._source: Source = (
-            StreamSource(loader, name=name, rank=rank, world_size=world_size)
-            if isinstance(loader.dataset, IterableDataset)
-            else IndexedSource(
+        self._source: Source
+        if not isinstance(loader, DataLoader):
+            self._source = RowSource(loader, name=name, world_size=world_size)
+        elif isinstance(loader.dataset, IterableDataset):
+            self._source = StreamSource(loader, name=name, rank=rank, world_size=world_size)
+        else:
+            self._source = IndexedSource(
                 loader,
                 name=name,
                 rank=rank,
                 world_size=world_size,
                 global_batch_size=global_batch_size,
             )
-        )
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):

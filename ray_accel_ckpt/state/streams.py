@@ -96,6 +96,10 @@ class StreamSource:
         return {"loader_workers": self._loader.num_workers, "entry": entry}
 
     def compare(self, saved: Mapping[str, Json], differences: Differences) -> None:
+        if "rows" in saved:
+            differences.differing.append(
+                f"{self._name} (checkpoint: an iterable of batches, registered: a DataLoader)"
+            )
         if saved.get("units") is not None:
             differences.differing.append(
                 f"{self._name} (checkpoint: {saved['units']} samples, dataset: iterable)"
