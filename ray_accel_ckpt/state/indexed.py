@@ -51,7 +51,7 @@ class IndexedSource:
         self._order = order_of(loader)
         self._dealer = _dealer_of(loader, rank, world_size, global_batch_size)
         self._inner: DataLoader[Any] | None = None
-        self._told_of_padding = self._told_of_listing = False
+        self._told_of_padding = False
         if self.units is not None and self.units < world_size:
             raise ConfigurationError(
                 f"a dataset of {self.units} samples cannot feed {world_size} workers",
@@ -143,8 +143,7 @@ class IndexedSource:
             )
 
     def _tell_of_listing(self, indices: int) -> None:
-        if self._order.units is None and not self._told_of_listing:
-            self._told_of_listing = True
+        if self._order.units is None:
             logger.info(
                 "loader %r: the %d indices of its sampler were listed to go on in the middle of "
                 "them; no sample is read for it",

@@ -76,7 +76,7 @@ class PreparedLoader:
         self.name = name
         self.cursor = Cursor(seed=seed)
         self.loss_weight, self.padding = 1.0, False
-        self.began = self.handed_out = self._over = 0
+        self.began = self.handed_out = self._over = self._passes = 0
         self._loader = loader
         self._device = device
         self._world_size = world_size
@@ -127,6 +127,10 @@ class PreparedLoader:
         return self.in_flight and self.began < other._over
 
     def _pass(self) -> Iterator[Any]:
+        self._passes += 1
+        return self._batches(self._passes)
+
+    def _batches(self, this: int) -> Iterator[Any]:
         self.began = next_tick()
         try:
             if self.cursor.spent:
@@ -138,8 +142,10 @@ class PreparedLoader:
                 self.handed_out = next_tick()
                 yield _moved(served.batch, self._device)
         finally:
-            self.cursor.ended = True
-            self._over = next_tick()
+            # An iterator that is dropped when the next pass has begun ends nothing any more.
+            if this == self._passes:
+                self.cursor.ended = True
+                self._over = next_tick()
 
     # --- as a part of the bundle -------------------------------------------------------
 

@@ -69,6 +69,34 @@ def test_the_gradient_is_that_of_one_worker_with_the_whole_batch(world_size: int
     spawn(_averaged, world_size)
 
 
+def _few_left(rank: int, world_size: int, directory: Path) -> None:
+    """Two workers save when 2 of 18 samples are left; three go on."""
+    project = ProjectConfiguration(directory / "project", automatic_checkpoint_naming=True)
+    ckpt = Checkpointer(project_config=project, seed=3)
+    model, loader = ckpt.prepare(_model(), DataLoader(_regression(), batch_size=4, shuffle=True))
+    resumed, sizes = ckpt.load_state(), []
+    for x, y in loader:
+        ckpt.backward(_loss(model, x, y))
+        sizes.append(0 if loader.padding else len(x))
+        if not resumed and len(sizes) == 2:
+            model.zero_grad()
+            ckpt.save_state()
+            return
+    assert resumed
+    assert sizes == ([0] if rank == 2 else [1])
+    wanted = _model()
+    order = [*prepared(DataLoader(_regression(), batch_size=1, shuffle=True), seed=3)][16:]
+    _loss(wanted, torch.cat([x for x, _ in order]), torch.cat([y for _, y in order])).backward()
+    assert torch.equal(model.module.weight.grad, wanted.weight.grad)
+    assert sum(len(x) for x, _ in loader) == 6
+
+
+def test_more_workers_than_samples_are_left_go_on(tmp_path: Path) -> None:
+    """Without padding such a run could never be resumed; with it the gradient is right."""
+    for world_size in (2, 3):
+        spawn(_few_left, world_size, tmp_path)
+
+
 # --- random streams, and streams of data -----------------------------------------------
 
 

@@ -268,6 +268,17 @@ def test_a_pass_abandoned_before_a_save_is_not_resumed() -> None:
     assert passes(moved_on(loader, LOADERS["shuffle"]), 1) == whole[1:]
 
 
+def test_an_iterator_dropped_for_the_next_one_does_not_end_its_pass() -> None:
+    """As in loops of so many steps an epoch: `batches = iter(loader)` again and again."""
+    whole = passes(prepared(LOADERS["shuffle"]()), 2)
+    loader = prepared(LOADERS["shuffle"]())
+    running = iter(loader)
+    next(running)
+    running = iter(loader)
+    next(running)
+    assert passes(moved_on(loader, LOADERS["shuffle"]), 1) == [whole[1][1:]]
+
+
 def test_a_pass_resumed_into_after_its_end_is_empty_once() -> None:
     """Another loader's pass of the same epoch was under way: the epoch is entered again."""
     make = LOADERS["shuffle"]

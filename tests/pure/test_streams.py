@@ -113,6 +113,12 @@ ENTERED: dict[str, Make] = {
     "state_workers": lambda: DataLoader(Shares(), batch_size=4, num_workers=2),
     "stateful_loader": lambda: StatefulDataLoader(Tracked(), batch_size=4),
     "stateful_loader_workers": lambda: StatefulDataLoader(Shares(), batch_size=4, num_workers=2),
+    "persistent_workers": lambda: DataLoader(
+        in_memory(), batch_size=4, num_workers=2, persistent_workers=True
+    ),
+    "seldom_snapshots": lambda: StatefulDataLoader(
+        in_memory(), batch_size=4, num_workers=2, snapshot_every_n_steps=3
+    ),
     "generated": lambda: DataLoader(generated(), batch_size=4),
     "generated_shards": lambda: DataLoader(generated().shuffle(seed=3, buffer_size=1), 4),
     "in_memory": lambda: DataLoader(in_memory(), batch_size=4),
