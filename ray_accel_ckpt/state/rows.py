@@ -215,10 +215,9 @@ def _cut(batch: Any, start: int, stop: int | None) -> Any:
 
 def _row_sums(leaf: torch.Tensor) -> torch.Tensor:
     """One int64 a row, in which each of its bytes counts by its place; overflows wrap."""
-    data = leaf.detach().reshape(len(leaf), -1).contiguous()
-    if data.numel() == 0:
+    if leaf.numel() == 0:
         return torch.zeros(len(leaf), dtype=torch.int64, device=leaf.device)
-    data = data.view(torch.uint8)
+    data = leaf.detach().reshape(len(leaf), -1).contiguous().view(torch.uint8)
     width = next(n for n in (8, 4, 2, 1) if data.shape[1] % n == 0)
     words = data.view({8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[width])
     weights = (torch.arange(words.shape[1], device=leaf.device) * 2 + 1) * _ODD
