@@ -149,7 +149,8 @@ def demonstrate(storage: str) -> bool:
     """Both runs, in a Ray that is there already. Whether the order of the samples is the same."""
     print(f"run 1: 2 workers, {STEPS} steps, undisturbed", flush=True)
     fit("untouched", storage, workers=2, until=STEPS)
-    print(f"run 2: {', then '.join(f'{n} workers to step {s}' for n, s in PHASES)}", flush=True)
+    plan = ", ".join(f"{workers} to step {until}" for workers, until in PHASES)
+    print(f"run 2, number of workers: {plan}", flush=True)
     for workers, until in PHASES:
         result = fit("elastic", storage, workers=workers, until=until)
         loss = steps_of("elastic", storage)[until][1]

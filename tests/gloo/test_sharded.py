@@ -93,6 +93,8 @@ def _situations(rank: int, world_size: int, directory: Path) -> None:
     _before_the_sum(rank, directory / "unreduced")
     _after_an_evaluation(rank, directory / "evaluated")
     _with_an_average(rank, directory / "average")
+    for optimizer in ELEMENTWISE:
+        _with(optimizer, rank, directory / optimizer)
 
 
 def _inside_a_window(rank: int, directory: Path) -> None:
@@ -167,6 +169,40 @@ def _with_an_average(rank: int, directory: Path) -> None:
     for name, tensor in fresh.shadow.items():
         assert isinstance(tensor, DTensor)
         assert torch.equal(tensor.to_local(), expected[name])
+
+
+# Rprop and Adafactor cannot step on a DTensor: torch's operations for it lack some of theirs.
+ELEMENTWISE = (
+    *("Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD"),
+    *("NAdam", "RAdam", "RMSprop", "SGD"),
+)
+
+
+def _optimized(kind: str) -> tuple[Checkpointer, nn.Module, torch.optim.Optimizer]:
+    ckpt, model = Checkpointer(), _sharded(_network())
+    options = {"momentum": 0.9} if kind in ("SGD", "RMSprop") else {}
+    optimizer = getattr(torch.optim, kind)(model.parameters(), lr=0.1, **options)
+    model, optimizer = ckpt.prepare(model, optimizer)
+    return ckpt, model, optimizer
+
+
+def _with(kind: str, rank: int, directory: Path) -> None:
+    ckpt, model, optimizer = _optimized(kind)
+
+    def step(seed: int) -> None:
+        _backward(model, seed)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step(rank)
+    _saved(ckpt, directory)
+    step(10 + rank)
+    expected = _shards(model)
+    ckpt, model, optimizer = _optimized(kind)
+    assert ckpt.load_state(directory)
+    step(10 + rank)
+    wrong = [n for n, t in _shards(model).items() if not torch.equal(t, expected[n])]
+    assert not wrong, f"{kind}: {wrong}"
 
 
 def test_saves_at_any_moment(tmp_path: Path) -> None:
