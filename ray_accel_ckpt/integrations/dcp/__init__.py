@@ -1,0 +1,5 @@
+"""torch.distributed.checkpoint (DCP): its loader reads our checkpoints, and both are converted."""
+
+from ray_accel_ckpt.integrations.dcp.reader import CheckpointReader
+
+__all__ = ["CheckpointReader"]
