@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,9 +19,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from ray_accel_ckpt import Checkpointer, errors
+from ray_accel_ckpt import Checkpointer, errors, open_checkpoint
 from ray_accel_ckpt.image import image as images
-from ray_accel_ckpt.integrations.dcp import CheckpointReader
+from ray_accel_ckpt.integrations.dcp import CheckpointReader, from_dcp, to_dcp
 from ray_accel_ckpt.state.part import Captured, Scope
 from ray_accel_ckpt.storage.filesystem import LocalFilesystem
 from ray_accel_ckpt.storage.writer import write_image
@@ -328,3 +329,217 @@ def test_an_optimizer_of_another_shape_is_damage(tmp_path: Path) -> None:
     captured["optimizer"] = replace(captured["optimizer"], kind="optimizer")
     with pytest.raises(errors.CorruptCheckpointError, match="state of an optimizer"):
         CheckpointReader(_save_parts(tmp_path / "ckpt", captured))
+
+
+# --- converting -----------------------------------------------------------------------------
+
+
+def _write_dcp(directory: Path, state: dict[str, Any]) -> Path:
+    dcp.save(state, storage_writer=dcp.FileSystemWriter(directory), no_dist=True)
+    return directory
+
+
+def _states(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    return {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}
+
+
+def _loaded(directory: Path | str, **registered: Any) -> dict[str, Any]:
+    """The states of a fresh model and optimizer after `load_state` of a converted checkpoint."""
+    model = Network(9)
+    optimizer = _adamw(model)
+    ckpt = Checkpointer()
+    ckpt.prepare(model, optimizer)
+    ckpt.register_for_checkpointing(**registered)
+    assert ckpt.load_state(directory, parts=("model", "optimizer", *registered))
+    return _states(model, optimizer)
+
+
+def test_a_checkpoint_of_dcp_becomes_ours(tmp_path: Path) -> None:
+    state = _states(*_trained(1)) | {"metric": Registered(7).state_dict()}
+    source = _write_dcp(tmp_path / "dcp", state)
+    assert from_dcp(source, tmp_path / "ours") == str(tmp_path / "ours")
+    metric = Registered(0)
+    found = _loaded(tmp_path / "ours", metric=metric)
+    assert _same(dict(found["model"]), dict(state["model"]))
+    assert _same(found["optimizer"], state["optimizer"])
+    assert metric.number == 7
+    opened = open_checkpoint(tmp_path / "ours")
+    opened.verify()
+    assert opened.world_size == 1
+
+
+def test_ours_becomes_a_checkpoint_of_dcp(tmp_path: Path) -> None:
+    model, optimizer = _trained(1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3)
+    source = _saved(tmp_path / "ours", model, optimizer, scheduler, metric=Registered(7))
+    assert to_dcp(source, tmp_path / "dcp") == str(tmp_path / "dcp")
+    other = _trained(2, steps=1)
+    torch.optim.lr_scheduler.StepLR(other[1], 3)
+    state = _states(*other) | {"metric": Registered(1).state_dict()}
+    dcp.load(state, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    expected = _states(model, optimizer)
+    assert _same(dict(state["model"]), dict(expected["model"]))
+    assert _same(state["optimizer"], expected["optimizer"])
+    assert np.array_equal(state["metric"]["array"], np.arange(7))
+    names = dcp.FileSystemReader(tmp_path / "dcp").read_metadata().state_dict_metadata
+    # What each worker has for itself has no place there.
+    assert {name.partition(".")[0] for name in names} == {
+        *("model", "optimizer", "scheduler", "metric", "progress")
+    }
+
+
+def test_there_and_back_are_the_same_bits(tmp_path: Path) -> None:
+    model, optimizer = _trained(1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3)
+    first = _saved(tmp_path / "1", model, optimizer, scheduler, metric=Registered(7))
+    to_dcp(first, tmp_path / "2")
+    from_dcp(tmp_path / "2", tmp_path / "3")
+    to_dcp(tmp_path / "3", tmp_path / "4")
+    a, b = open_checkpoint(first), open_checkpoint(tmp_path / "3")
+    shared = ("model", "optimizer", "scheduler", "progress")
+    assert all(_same(_plain(a.state_dict(p)), _plain(b.state_dict(p))) for p in shared)
+    states = [_states(*_trained(2, steps=1)) for _ in range(2)]
+    for state, name in zip(states, ("2", "4"), strict=True):
+        dcp.load(state, checkpoint_id=tmp_path / name, no_dist=True)
+    assert _same(_plain(states[0]), _plain(states[1]))
+    ckpt = Checkpointer()
+    model, optimizer = _trained(5)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 99)
+    ckpt.prepare(model, optimizer, scheduler)
+    assert ckpt.load_state(tmp_path / "3", parts=("model", "optimizer", "scheduler"))
+    assert scheduler.step_size == 3
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    return value
+
+
+def test_an_optimizer_without_state_is_converted(tmp_path: Path) -> None:
+    def made(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(seed)
+        model = nn.Linear(3, 2)
+        return model, torch.optim.SGD(model.parameters(), lr=0.1 * seed)
+
+    model, optimizer = made(1)
+    state = {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}
+    from_dcp(_write_dcp(tmp_path / "dcp", state), tmp_path / "ours")
+    other, optimizer = made(2)
+    ckpt = Checkpointer()
+    ckpt.prepare(other, optimizer)
+    assert ckpt.load_state(tmp_path / "ours", parts=("model", "optimizer"))
+    assert torch.equal(other.weight, model.weight)
+    assert optimizer.param_groups[0]["lr"] == 0.1
+
+
+def test_states_are_found_where_they_are_said_to_be(tmp_path: Path) -> None:
+    state = _states(*_trained(1))
+    source = _write_dcp(tmp_path / "nested", {"app": state})
+    from_dcp(source, tmp_path / "1", model="app.model", optimizer="app.optimizer")
+    assert open_checkpoint(tmp_path / "1").parts == ("model", "optimizer")
+    assert _same(_loaded(tmp_path / "1")["optimizer"], state["optimizer"])
+    source = _write_dcp(tmp_path / "weights", dict(state["model"]))
+    from_dcp(source, tmp_path / "2", model="", optimizer=None)
+    found = open_checkpoint(tmp_path / "2").state_dict("model")
+    assert _same(_plain(found), dict(state["model"]))
+
+
+@pytest.mark.parametrize(
+    ("options", "place"),
+    [({}, "model='model'"), ({"model": "app.weights"}, "model='weights'")],
+)
+def test_a_place_without_anything_is_an_error(
+    tmp_path: Path, options: dict[str, Any], place: str
+) -> None:
+    source = _write_dcp(tmp_path / "dcp", {"app": {"model": {"w": torch.ones(1)}}})
+    with pytest.raises(errors.ConfigurationError, match=place):
+        from_dcp(source, tmp_path / "ours", **options)
+    assert not (tmp_path / "ours").exists()
+
+
+class Opaque:
+    pass
+
+
+def _flattened(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    return get_optimizer_state_dict(model, optimizer, options=options)
+
+
+@pytest.mark.parametrize(
+    ("state", "where"),
+    [
+        ({"other": {"a": [Opaque()]}}, "other/a/0"),
+        ({"no-name": 3}, "no-name"),
+        ({"optimizer": _flattened(*_trained(1))}, "optimizer"),
+        ({"optimizer": _trained(1)[1].state_dict()}, "optimizer"),
+        ({"model": {"inner": {"weight": torch.ones(1)}}}, "model.inner"),
+    ],
+)
+def test_what_cannot_be_represented_is_refused_by_place(
+    tmp_path: Path, state: dict[str, Any], where: str
+) -> None:
+    source = _write_dcp(tmp_path / "dcp", _states(*_trained(1)) | state)
+    with pytest.raises(errors.UnsupportedStateError) as caught:
+        from_dcp(source, tmp_path / "ours")
+    assert caught.value.where == where
+    assert not (tmp_path / "ours").exists()
+
+
+def test_keys_that_dcp_would_change_are_refused(tmp_path: Path) -> None:
+    state = {"a": [{"b": {1: 2}}], "weight": torch.ones(1)}
+    source = _save_parts(tmp_path / "ours", part_of(state) | part_of({"c": 1}, name="fine"))
+    with pytest.raises(errors.UnsupportedStateError, match="key 1") as caught:
+        to_dcp(source, tmp_path / "dcp")
+    assert caught.value.where == "part/a/0/b"
+    assert not (tmp_path / "dcp").exists()
+    to_dcp(source, tmp_path / "dcp", parts=("fine",))
+
+
+def test_what_each_worker_has_for_itself_cannot_be_converted(tmp_path: Path) -> None:
+    source = _saved(tmp_path / "ours", Network(1))
+    with pytest.raises(errors.ConfigurationError, match="'rng' of its own"):
+        to_dcp(source, tmp_path / "dcp", parts=("rng",))
+    with pytest.raises(errors.ConfigurationError, match="no part 'other'"):
+        to_dcp(source, tmp_path / "dcp", parts=("other",))
+
+
+def test_converting_overwrites_nothing(tmp_path: Path) -> None:
+    ours = _saved(tmp_path / "ours", *_trained(1))
+    theirs = Path(to_dcp(ours, tmp_path / "dcp"))
+    before = {p: p.read_bytes() for p in (*ours.iterdir(), *theirs.iterdir())}
+    with pytest.raises(errors.CheckpointExistsError):
+        to_dcp(ours, theirs)
+    with pytest.raises(errors.CheckpointExistsError):
+        from_dcp(theirs, ours)
+    assert {p: p.read_bytes() for p in (*ours.iterdir(), *theirs.iterdir())} == before
+
+
+def test_damage_is_found_before_anything_is_converted(tmp_path: Path) -> None:
+    ours = _saved(tmp_path / "ours", *_trained(1))
+    flip(ours, "model/frozen.weight")
+    with pytest.raises(errors.CorruptCheckpointError, match=r"model/frozen\.weight"):
+        to_dcp(ours, tmp_path / "dcp")
+    assert not (tmp_path / "dcp").exists()
+
+
+def test_what_dcp_did_not_finish_is_no_checkpoint(tmp_path: Path) -> None:
+    source = _write_dcp(tmp_path / "dcp", _states(*_trained(1)))
+    metadata = (source / ".metadata").read_bytes()
+    (source / ".metadata").write_bytes(metadata[:100])
+    with pytest.raises(errors.CorruptCheckpointError, match="cannot read its checkpoint"):
+        from_dcp(source, tmp_path / "ours")
+    (source / ".metadata").unlink()
+    with pytest.raises(errors.NotACheckpointError, match=r"no \.metadata there"):
+        from_dcp(source, tmp_path / "ours")
+
+
+def test_converts_from_and_to_uris(tmp_path: Path) -> None:
+    ours = _saved(tmp_path / "ours", *_trained(1))
+    theirs = "memory://converted/dcp"
+    to_dcp(ours, theirs)
+    from_dcp(theirs, "memory://converted/ours")
+    assert _same(_plain(_loaded("memory://converted/ours")), _plain(_loaded(ours)))
+    with pytest.raises(errors.CheckpointExistsError):
+        to_dcp(ours, theirs)
