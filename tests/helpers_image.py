@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from ray_accel_ckpt.runtime.restore import Restored, Restorer
 from ray_accel_ckpt.state.bundle import Plan, StateBundle
 from ray_accel_ckpt.state.part import Captured, Scope, captured_tree
 from ray_accel_ckpt.storage.catalog import ShardFetch, open_snapshot
-from ray_accel_ckpt.storage.filesystem import Filesystem
+from ray_accel_ckpt.storage.filesystem import Filesystem, LocalFilesystem
 from ray_accel_ckpt.storage.opened import SavedCheckpoint
 from ray_accel_ckpt.storage.writer import write_image
 
@@ -162,6 +163,19 @@ def edited(data: bytes, change: Callable[[dict[str, Any]], None]) -> bytes:
     body = json.loads(data)["body"]
     change(body)
     return forged(body)
+
+
+def flip(directory: Path, name: str) -> None:
+    """Turn one bit of the stored tensor `name` of a checkpoint on disk."""
+    for manifest in open_snapshot(LocalFilesystem(), str(directory)).manifests:
+        for info in manifest.slices:
+            if info.name == name and info.begin < info.end:
+                shard = directory / manifest.shard.file
+                data = bytearray(shard.read_bytes())
+                data[info.begin] ^= 1
+                shard.write_bytes(data)
+                return
+    raise LookupError(name)
 
 
 def bytes_of(tensor: torch.Tensor) -> bytes:

@@ -58,3 +58,8 @@ def name_of(dtype: torch.dtype) -> str:
 def dtype_named(name: str) -> torch.dtype | None:
     """The inverse of `name_of`, or None for a name this format does not have."""
     return _BY_NAME.get(name)
+
+
+def is_plain(dtype: torch.dtype) -> bool:
+    """Whether any safetensors reader gives the tensor back as one of this dtype."""
+    return dtype in _NATIVE

@@ -12,6 +12,7 @@ from ray_accel_ckpt.errors import ConfigurationError
 from ray_accel_ckpt.image.pieces import Piece, dtype_of
 from ray_accel_ckpt.image.reader import Located, Snapshot
 from ray_accel_ckpt.state.box import Box, copy_overlap
+from ray_accel_ckpt.state.part import SavedPart
 from ray_accel_ckpt.state.tree import TAG, Json, unflatten
 from ray_accel_ckpt.storage.catalog import ShardFetch, open_snapshot
 from ray_accel_ckpt.storage.filesystem import resolve
@@ -54,18 +55,8 @@ class SavedCheckpoint:
             ConfigurationError: no such part or rank.
             CorruptCheckpointError: on looking up a damaged tensor.
         """
-        if not 0 <= rank < self.world_size:
-            raise ConfigurationError(
-                f"no rank {rank}: {self.world_size} workers saved this checkpoint", where=self.path
-            )
-        saved = self._snapshot.parts(rank).get(part)
-        if saved is None:
-            raise ConfigurationError(
-                f"the checkpoint has no part {part!r}",
-                where=self.path,
-                remedy=f"it has: {', '.join(self.parts)}",
-            )
-        return _lazy(saved.value, _Tensors(self._snapshot, self._fetch, rank))
+        saved = part_of(self._snapshot, part, rank)
+        return _lazy(saved.value, StoredTensors(self._snapshot, self._fetch, rank))
 
     def verify(self) -> None:
         """Read and prove every byte.
@@ -93,6 +84,11 @@ def open_checkpoint(checkpoint: Any) -> SavedCheckpoint:
         FormatVersionError: it is of a newer format.
         ConfigurationError: not something that can be opened.
     """
+    return SavedCheckpoint(*open_stored(checkpoint))
+
+
+def open_stored(checkpoint: Any) -> tuple[Snapshot, ShardFetch]:
+    """What `open_checkpoint` looks into: the manifests, and the way to the shards' bytes."""
     # Ray's first: it has __fspath__ too, which only raises.
     if hasattr(checkpoint, "path") and hasattr(checkpoint, "filesystem"):
         filesystem, path = resolve(checkpoint.path, checkpoint.filesystem)
@@ -104,13 +100,39 @@ def open_checkpoint(checkpoint: Any) -> SavedCheckpoint:
             remedy="pass a path, a URI or a ray.train.Checkpoint",
         )
     snapshot = open_snapshot(filesystem, path)
-    return SavedCheckpoint(snapshot, ShardFetch(filesystem, snapshot))
+    return snapshot, ShardFetch(filesystem, snapshot)
+
+
+def part_of(snapshot: Snapshot, name: str, rank: int) -> SavedPart:
+    """One part as `rank` would load it.
+
+    Raises:
+        ConfigurationError: the checkpoint has no such part or rank.
+    """
+    require_rank(snapshot, rank)
+    parts = snapshot.parts(rank)
+    if name not in parts:
+        raise ConfigurationError(
+            f"the checkpoint has no part {name!r}",
+            where=snapshot.where,
+            remedy=f"it has: {', '.join(parts)}",
+        )
+    return parts[name]
+
+
+def require_rank(snapshot: Snapshot, rank: int) -> None:
+    """Raise `ConfigurationError` unless `rank` was there when the checkpoint was saved."""
+    if not 0 <= rank < snapshot.world_size:
+        raise ConfigurationError(
+            f"no rank {rank}: {snapshot.world_size} workers saved this checkpoint",
+            where=snapshot.where,
+        )
 
 
 class LazyDict(Mapping[str, Any]):
     """A saved dict whose values are read when they are looked up."""
 
-    def __init__(self, value: dict[str, Json], tensors: _Tensors) -> None:
+    def __init__(self, value: dict[str, Json], tensors: StoredTensors) -> None:
         self._value = value
         self._tensors = tensors
 
@@ -127,8 +149,8 @@ class LazyDict(Mapping[str, Any]):
         return f"LazyDict({', '.join(map(repr, self._value))})"
 
 
-class _Tensors(Mapping[str, torch.Tensor]):
-    """Tensors by stored name, each read and proved when looked up."""
+class StoredTensors(Mapping[str, torch.Tensor]):
+    """Tensors by stored name as `rank` has them, each read and proved when looked up."""
 
     def __init__(self, snapshot: Snapshot, fetch: ShardFetch, rank: int) -> None:
         self._snapshot = snapshot
@@ -155,7 +177,7 @@ class _Tensors(Mapping[str, torch.Tensor]):
         return sum(1 for _ in self)
 
 
-def _lazy(value: Json, tensors: _Tensors) -> Any:
+def _lazy(value: Json, tensors: StoredTensors) -> Any:
     if isinstance(value, dict) and TAG not in value:
         return LazyDict(value, tensors)
     return unflatten(value, tensors)

@@ -28,10 +28,10 @@ def write_image(filesystem: Filesystem, directory: str, image: Image, *, timeout
     info = image.info
     hashing = Hashing(image)
     shard = f"{directory}/{shard_name(info.rank, info.world_size)}"
-    _write(filesystem, shard, hashing.chunks, what="write a shard", timeout=timeout)
+    write_file(filesystem, shard, hashing.chunks, what="write a shard", timeout=timeout)
     data = manifests.encode(hashing.manifest())
     manifest = f"{directory}/{manifest_name(info.rank, info.world_size)}"
-    _write(filesystem, manifest, lambda: [data], what="write a manifest", timeout=timeout)
+    write_file(filesystem, manifest, lambda: [data], what="write a manifest", timeout=timeout)
 
 
 def refuse_other_checkpoint(
@@ -65,7 +65,7 @@ def refuse_other_checkpoint(
             )
 
 
-def _write(
+def write_file(
     filesystem: Filesystem,
     path: str,
     chunks: Callable[[], Iterable[memoryview | bytes]],
@@ -73,6 +73,11 @@ def _write(
     what: str,
     timeout: float,
 ) -> None:
+    """Make one file durable. Errors that may pass are retried, each time from its beginning.
+
+    Raises:
+        StorageError, StorageTimeoutError: naming the path, the cause and the remedy.
+    """
     try:
         retried(lambda: filesystem.write(path, chunks()), what=what, where=path, timeout=timeout)
     except FileNotFoundError as e:
