@@ -109,7 +109,7 @@ def test_what_several_workers_wrote_comes_out_whole(tmp_path: Path) -> None:
 def test_other_parts_are_exported_by_name(tmp_path: Path) -> None:
     state = {"shadow.weight": torch.randn(3, 3)}
     source = _save_part(tmp_path / "ckpt", part_of(state, name="average", scope=Scope.RANK_ZERO))
-    (path,) = export_safetensors(source, tmp_path / "out", part="average")
+    path, _ = export_safetensors(source, tmp_path / "out", part="average")
     _assert_same(load_file(path), state)
     with pytest.raises(errors.ConfigurationError, match="no part 'model'") as caught:
         export_safetensors(source, tmp_path / "more")
@@ -122,7 +122,7 @@ def test_what_is_no_tensor_is_left_out_and_named(
     state = {"weight": torch.randn(3), "norm._extra_state": {"scale": 2.0}}
     source = _save_part(tmp_path / "ckpt", part_of(state, name="model"))
     with caplog.at_level(logging.WARNING, "ray_accel_ckpt"):
-        (path,) = export_safetensors(source, tmp_path / "out")
+        path, _ = export_safetensors(source, tmp_path / "out")
     assert "norm._extra_state" in caplog.text
     _assert_same(load_file(path), {"weight": state["weight"]})
 
