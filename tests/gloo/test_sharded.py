@@ -93,6 +93,7 @@ def _situations(rank: int, world_size: int, directory: Path) -> None:
     _before_the_sum(rank, directory / "unreduced")
     _after_an_evaluation(rank, directory / "evaluated")
     _with_an_average(rank, directory / "average")
+    _with_a_parameter_that_is_not_sharded(rank, directory / "ignored")
     for optimizer in ELEMENTWISE:
         _with(optimizer, rank, directory / optimizer)
 
@@ -169,6 +170,32 @@ def _with_an_average(rank: int, directory: Path) -> None:
     for name, tensor in fresh.shadow.items():
         assert isinstance(tensor, DTensor)
         assert torch.equal(tensor.to_local(), expected[name])
+
+
+def _with_a_parameter_that_is_not_sharded(rank: int, directory: Path) -> None:
+    """Nobody keeps its copies equal: each rank's is its own, and so is its optimizer state."""
+
+    def made() -> tuple[Checkpointer, nn.Module, torch.optim.Optimizer]:
+        model = _network()
+        mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+        ignored = {model[2].bias}
+        return _made(fully_shard(model, mesh=mesh, ignored_params=ignored))
+
+    ckpt, model, optimizer = made()
+    _backward(model, rank)
+    optimizer.step()
+    optimizer.zero_grad()
+    own = model[2].bias
+    others = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(others, own.detach())
+    assert not torch.equal(*others)
+    expected = own.detach().clone(), optimizer.state[own]["exp_avg"].clone()
+    _saved(ckpt, directory)
+    ckpt, model, optimizer = made()
+    assert ckpt.load_state(directory)
+    own = model[2].bias
+    assert torch.equal(own, expected[0])
+    assert torch.equal(optimizer.state[own]["exp_avg"], expected[1])
 
 
 # Rprop and Adafactor cannot step on a DTensor: torch's operations for it lack some of theirs.
