@@ -131,8 +131,11 @@ def _before_the_sum(rank: int, directory: Path) -> None:
 
 
 def _after_an_evaluation(rank: int, directory: Path) -> None:
-    """A forward without a backward leaves the root's parameters gathered."""
-    ckpt, model, optimizer = _made(_sharded(_network()))
+    """A forward without a backward leaves the root's parameters gathered: other objects
+    than those the optimizer knows, which here is captured first."""
+    ckpt, model = Checkpointer(), _sharded(_network())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    optimizer, model = ckpt.prepare(optimizer, model)
     _backward(model, rank)
     optimizer.step()
     optimizer.zero_grad()
