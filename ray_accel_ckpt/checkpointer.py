@@ -15,7 +15,7 @@ from ray_accel_ckpt.image.reader import Snapshot
 from ray_accel_ckpt.image.staging import SlotPool
 from ray_accel_ckpt.policy import SavePolicy
 from ray_accel_ckpt.project import ProjectConfiguration
-from ray_accel_ckpt.runtime.elastic import dealt_anew
+from ray_accel_ckpt.runtime.elastic import dealt_anew, gradients_left_out
 from ray_accel_ckpt.runtime.prepare import Preparer
 from ray_accel_ckpt.runtime.report import Metrics
 from ray_accel_ckpt.runtime.restore import Restored, Restorer
@@ -399,30 +399,19 @@ class Checkpointer:
         if rank >= snapshot.world_size:
             skip |= snapshot.per_rank_parts()
         saved = snapshot.parts(rank)
-        if snapshot.world_size != self._session.group.world_size:
-            skip |= self._without_gradients(snapshot)
+        world_size, gradients = self._session.group.world_size, self._bundle.gradients
+        if gradients_left_out(snapshot, saved, gradients, world_size):
+            skip |= {gradients.name}
+        if snapshot.world_size != world_size:
             streams = dealt_anew(snapshot, self._bundle.of_type(PreparedLoader), only)
             saved, skip = saved | streams, skip - streams.keys()
         return self._bundle.plan(saved, only=only, skip=skip, strict=strict, where=snapshot.where)
-
-    def _without_gradients(self, snapshot: Snapshot) -> frozenset[str]:
-        """What each worker had accumulated cannot be dealt out to another number of them."""
-        name = self._bundle.gradients.name
-        if name not in snapshot.manifests[0].parts:
-            return frozenset()
-        logger.warning(
-            "the checkpoint was saved inside an accumulation window by %d workers: the gradients "
-            "accumulated so far are left out, the window begins anew",
-            snapshot.world_size,
-        )
-        return frozenset({name})
 
     def _after_load(self, restored: Restored, *, complete: bool) -> None:
         rank, stored = self._session.group.rank, restored.snapshot.world_size
         if not complete:
             return
-        same = stored == self._session.group.world_size
-        if same and "gradients" in restored.snapshot.manifests[0].parts:
+        if self._bundle.gradients.name in restored.parts:
             self._preparer.window.reopen()
         else:
             self._preparer.window.clear()

@@ -90,6 +90,7 @@ def _saved(ckpt: Checkpointer, directory: Path) -> None:
 def _situations(rank: int, world_size: int, directory: Path) -> None:
     """Moments that a save may fall into, in one set of processes."""
     _inside_a_window(rank, directory / "window")
+    _inside_a_window_of_ddp(rank, directory / "window-of-ddp")
     _before_the_sum(rank, directory / "unreduced")
     _after_an_evaluation(rank, directory / "evaluated")
     _with_an_average(rank, directory / "average")
@@ -114,6 +115,21 @@ def _inside_a_window(rank: int, directory: Path) -> None:
     _backward(model, 20 + rank)
     optimizer.step()
     assert all(torch.equal(t, expected[name]) for name, t in _shards(model).items())
+
+
+def _inside_a_window_of_ddp(rank: int, directory: Path) -> None:
+    """Each rank's gradients are its own then, and no part of a sharded one."""
+    ckpt, model, optimizer = _made(_network())
+    _backward(model, rank)
+    optimizer.step()
+    optimizer.zero_grad()
+    with model.no_sync():
+        _backward(model, 10 + rank)
+    _saved(ckpt, directory)
+    for fresh, kept in ((_sharded(_network()), False), (_network(), True)):
+        ckpt, model, _ = _made(fresh)
+        assert ckpt.load_state(directory)
+        assert all((p.grad is not None) == kept for p in model.parameters())
 
 
 def _before_the_sum(rank: int, directory: Path) -> None:
