@@ -128,8 +128,10 @@ class Checkpointer:
         """Make models, optimizers, loaders and schedulers part of the state.
 
         Models move to this worker's device and are wrapped for data
-        parallelism, loaders become resumable and serve this worker's share,
-        optimizers go through the scaler if there is one. Anything else is
+        parallelism, unless they are sharded already (`fully_shard`, tensor
+        parallel plans). Loaders, and what `iter_torch_batches` of a Ray Data
+        shard returns, become resumable; loaders serve this worker's share.
+        Optimizers go through the scaler if there is one. Anything else is
         returned as it is. Collective when there are peers.
 
         Args:
@@ -143,7 +145,10 @@ class Checkpointer:
             The prepared objects in the order given; the object itself if it is one.
 
         Raises:
-            ConfigurationError: an object that cannot be prepared as it is.
+            ConfigurationError: an object that cannot be prepared as it is, one
+                that is sharded in a way that is not read among them.
+            UnsupportedStateError: a parameter whose shards are not boxes of a
+                mesh over all workers.
         """
         if global_batch_size is not None:
             workers = self._session.group.world_size
