@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.hooks import RemovableHandle
 
 from ray_accel_ckpt.errors import ConfigurationError
@@ -124,7 +125,12 @@ class Checkpointer:
 
     # --- setting up --------------------------------------------------------------------
 
-    def prepare(self, *objects: Any, global_batch_size: int | None = None) -> Any:
+    def prepare(
+        self,
+        *objects: Any,
+        global_batch_size: int | None = None,
+        data_mesh: DeviceMesh | None = None,
+    ) -> Any:
         """Make models, optimizers, loaders and schedulers part of the state.
 
         Models move to this worker's device and are wrapped for data
@@ -140,6 +146,10 @@ class Checkpointer:
                 own batch size is then not used. Workers' batches may differ in
                 size by one: `backward` weighs losses accordingly. None: each
                 worker's batches are of the loader's own size.
+            data_mesh: the mesh that map-style data is dealt out over, for the
+                loaders among `objects`: with tensor parallelism ``mesh["dp"]``,
+                so that the ranks of one tensor parallel group get the same
+                batches. None: every worker gets batches of its own.
 
         Returns:
             The prepared objects in the order given; the object itself if it is one.
@@ -151,10 +161,11 @@ class Checkpointer:
                 mesh over all workers.
         """
         if global_batch_size is not None:
-            workers = self._session.group.world_size
+            workers = self._session.group.world_size if data_mesh is None else data_mesh.size()
             require_global_batch_size(global_batch_size, objects, world_size=workers)
         prepared = tuple(
-            self._preparer.prepare(obj, global_batch_size=global_batch_size) for obj in objects
+            self._preparer.prepare(obj, global_batch_size=global_batch_size, data_mesh=data_mesh)
+            for obj in objects
         )
         return prepared[0] if len(prepared) == 1 else prepared
 

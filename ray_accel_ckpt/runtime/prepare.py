@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -17,6 +18,7 @@ from ray_accel_ckpt.runtime.ray_run import is_ray_data, training_device
 from ray_accel_ckpt.runtime.refusals import refuse_unreadable_model, refuse_unreadable_optimizer
 from ray_accel_ckpt.runtime.session import Session
 from ray_accel_ckpt.state.bundle import StateBundle
+from ray_accel_ckpt.state.dealing import require_by_index
 from ray_accel_ckpt.state.loader import PreparedLoader
 from ray_accel_ckpt.state.model import ModelPart
 from ray_accel_ckpt.state.optimizer import OptimizerPart
@@ -79,7 +81,13 @@ class Preparer:
     def device(self) -> torch.device:
         return training_device()
 
-    def prepare(self, obj: Any, *, global_batch_size: int | None = None) -> Any:
+    def prepare(
+        self,
+        obj: Any,
+        *,
+        global_batch_size: int | None = None,
+        data_mesh: DeviceMesh | None = None,
+    ) -> Any:
         """See `Checkpointer.prepare`. What is prepared already comes back as it is."""
         self._session.agree()
         group = self._session.group
@@ -97,12 +105,16 @@ class Preparer:
             self._bundle.add_optimizer(obj)
             return prepared
         if isinstance(obj, DataLoader) or is_ray_data(obj):
+            rank, world_size = group.rank, group.world_size
+            if data_mesh is not None:
+                require_by_index(obj)
+                rank, world_size = data_mesh.get_local_rank(), data_mesh.size()
             loader = PreparedLoader(
                 obj,
                 name=self._bundle.next_loader_name(),
                 seed=self._session.seed,
-                rank=group.rank,
-                world_size=group.world_size,
+                rank=rank,
+                world_size=world_size,
                 device=self.device,
                 global_batch_size=global_batch_size,
             )

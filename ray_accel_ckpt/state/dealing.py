@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from ray_accel_ckpt.errors import ConfigurationError
@@ -87,6 +88,17 @@ class Dealer:
         return self.world_size * (last - first) / (end - begin)
 
 
+class UnitDealer(Dealer):
+    """Deals one unit a worker and step: a batch of the user's making, or a sample as it is.
+
+    Units cannot be joined, so a tail is a step of its own, padded.
+    """
+
+    @property
+    def least(self) -> int:
+        return 1
+
+
 class GlobalDealer(Dealer):
     """Deals the same global batches to any number of workers.
 
@@ -111,6 +123,17 @@ def own_batch_sampler(loader: DataLoader[Any]) -> bool:
     return given and type(loader.batch_sampler) is not BatchSampler
 
 
+def require_by_index(loader: Any) -> None:
+    """Raise `ConfigurationError` unless the loader's data is dealt out by index."""
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        raise ConfigurationError(
+            "data_mesh= is for map-style data",
+            why="each worker reads a stream of its own, whatever mesh it is in",
+            remedy="let the dataset itself give ranks of one group the same samples, "
+            "or use a map-style dataset",
+        )
+
+
 def require_global_batch_size(size: Any, objects: Iterable[Any], *, world_size: int) -> None:
     """Raise `ConfigurationError` unless every loader of `objects` can be dealt out so."""
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
@@ -124,7 +147,16 @@ def require_global_batch_size(size: Any, objects: Iterable[Any], *, world_size: 
             why="each worker needs at least one sample a step",
             remedy="use a larger global batch or fewer workers",
         )
+    objects = list(objects)
     loaders = [obj for obj in objects if isinstance(obj, DataLoader)]
+    # Prepared loaders and Ray Data's iterables: neither modules nor optimizers nor schedulers.
+    others = [obj for obj in objects if _is_iterated(obj)]
+    if others:
+        raise ConfigurationError(
+            f"global_batch_size= cannot be kept for a {type(others[0]).__name__}",
+            why="it is prepared already, or its batches are not made by this library",
+            remedy="pass global_batch_size= in a call with DataLoaders that are not prepared yet",
+        )
     if not loaders:
         raise ConfigurationError(
             "global_batch_size= is given, and no DataLoader that is not prepared yet",
@@ -132,6 +164,10 @@ def require_global_batch_size(size: Any, objects: Iterable[Any], *, world_size: 
         )
     for loader in loaders:
         _require_cuttable(loader)
+
+
+def _is_iterated(obj: Any) -> bool:
+    return isinstance(obj, Iterable) and not isinstance(obj, (nn.Module, DataLoader))
 
 
 def _require_cuttable(loader: DataLoader[Any]) -> None:

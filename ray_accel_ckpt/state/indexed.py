@@ -11,7 +11,7 @@ from torch.utils.data import BatchSampler, DataLoader
 
 from ray_accel_ckpt.errors import ConfigurationError
 from ray_accel_ckpt.state.cursor import Cursor
-from ray_accel_ckpt.state.dealing import Dealer, GlobalDealer, own_batch_sampler
+from ray_accel_ckpt.state.dealing import Dealer, GlobalDealer, UnitDealer, own_batch_sampler
 from ray_accel_ckpt.state.orders import order_of
 from ray_accel_ckpt.state.part import Differences
 from ray_accel_ckpt.state.rng import derived_seed
@@ -35,7 +35,7 @@ class IndexedSource:
     """
 
     per_rank = False
-    members = frozenset({"sampler"})
+    members = frozenset({"unit", "sampler"})
 
     def __init__(
         self,
@@ -49,6 +49,7 @@ class IndexedSource:
         self._loader = loader
         self._name = name
         self._order = order_of(loader)
+        self._unit = "batch" if own_batch_sampler(loader) else "sample"
         self._dealer = _dealer_of(loader, rank, world_size, global_batch_size)
         self._inner: DataLoader[Any] | None = None
         self._told_of_padding = False
@@ -91,22 +92,29 @@ class IndexedSource:
 
     def state(self, position: Mapping[str, Any]) -> dict[str, Any]:
         del position
-        return {"sampler": self._order.state()} if self._order.stateful else {}
+        sampler = {"sampler": self._order.state()} if self._order.stateful else {}
+        return {"unit": self._unit, **sampler}
 
     def compare(self, saved: Mapping[str, Json], differences: Differences) -> None:
         if "rows" in saved or "loader_workers" in saved:
             differences.differing.append(f"{self._name} (checkpoint: iterable, dataset: by index)")
+        elif saved.get("unit", self._unit) != self._unit:
+            differences.differing.append(
+                f"{self._name} (checkpoint: counted in units of a {saved['unit']}, "
+                f"loader: of a {self._unit})"
+            )
         elif saved.get("units") != self.units:
             differences.differing.append(
                 f"{self._name} (checkpoint: {saved.get('units')} samples, dataset: {self.units})"
             )
-        elif ("sampler" in saved) > self._order.stateful:
+        elif "sampler" in saved and not self._order.alike(saved["sampler"]):
             differences.differing.append(
-                f"{self._name} (checkpoint: the state of a sampler, registered: one without state)"
+                f"{self._name} (checkpoint: the state of another sampler than the loader's)"
             )
 
     def understands(self, state: Mapping[str, Any]) -> bool:
-        return "sampler" not in state or self._order.understands(state["sampler"])
+        known = state.get("unit", self._unit) == self._unit
+        return known and ("sampler" not in state or self._order.understands(state["sampler"]))
 
     def apply(self, state: Mapping[str, Any]) -> None:
         workers, before = self._dealer.world_size, state["world_size"]
@@ -133,11 +141,12 @@ class IndexedSource:
         if left < workers and not self._told_of_padding and self._dealer.rank == 0:
             self._told_of_padding = True
             logger.warning(
-                "loader %r: %d samples are left for %d workers, so %d of them are handed a copy "
-                "of a sample that another one has; its loss counts nothing "
+                "loader %r: %d %ss are left for %d workers, so %d of them are handed a copy "
+                "of one that another has; its loss counts nothing "
                 "(backward() and loss_weight see to that)",
                 self._name,
                 left,
+                self._unit,
                 workers,
                 workers - left,
             )
@@ -199,7 +208,9 @@ def _dealer_of(
         return GlobalDealer(
             rank=rank, world_size=world_size, whole=global_batch_size, drop_last=drop_last
         )
-    return Dealer(rank=rank, world_size=world_size, whole=size * world_size, drop_last=drop_last)
+    units = batches is None or own_batch_sampler(loader)
+    kind = UnitDealer if units else Dealer
+    return kind(rank=rank, world_size=world_size, whole=size * world_size, drop_last=drop_last)
 
 
 def _rebuilt(loader: DataLoader[Any], seed: int) -> DataLoader[Any]:

@@ -113,39 +113,43 @@ class PreparedLoader:
         self.cursor.consumed = self._source.position(self.cursor, num_batches)
         return self._pass()
 
-    @property
-    def in_flight(self) -> bool:
-        """A pass has begun (or was resumed into) and not ended."""
-        return (self.cursor.started and not self.cursor.ended) or self.cursor.resumed
+    def in_flight(self, since: int = 0) -> bool:
+        """A pass has begun after `since` (or was resumed into) and not ended."""
+        under_way = self.cursor.started and not self.cursor.ended and self.began >= since
+        return under_way or self.cursor.resumed
 
     def ended_since(self, tick: int) -> bool:
         """A pass ended after `tick`."""
         return self.cursor.ended and self._over > tick
 
-    def around(self, other: PreparedLoader) -> bool:
-        """This loader's pass is under way and began before `other`'s last one ended."""
-        return self.in_flight and self.began < other._over
+    def around(self, other: PreparedLoader, since: int) -> bool:
+        """This loader's pass, begun after `since`, is under way around `other`'s last one."""
+        return self.in_flight(since) and self.began < other._over
 
     def _pass(self) -> Iterator[Any]:
         self._passes += 1
+        self.began = next_tick()
         return self._batches(self._passes)
 
     def _batches(self, this: int) -> Iterator[Any]:
-        self.began = next_tick()
         try:
-            if self.cursor.spent:
-                self.cursor.spent = False
-                return
-            for served in self._source.batches(self.cursor):
-                self.cursor.consumed = served.consumed
-                self.loss_weight, self.padding = served.weight, served.padding
-                self.handed_out = next_tick()
-                yield _moved(served.batch, self._device)
-        finally:
-            # An iterator that is dropped when the next pass has begun ends nothing any more.
-            if this == self._passes:
-                self.cursor.ended = True
-                self._over = next_tick()
+            if not self.cursor.spent:
+                for served in self._source.batches(self.cursor):
+                    self.cursor.consumed = served.consumed
+                    self.loss_weight, self.padding = served.weight, served.padding
+                    self.handed_out = next_tick()
+                    yield _moved(served.batch, self._device)
+        except GeneratorExit:
+            self._end(this)
+            raise
+        # Not after an error: what is left of the pass is still to come.
+        self._end(this)
+
+    def _end(self, this: int) -> None:
+        # An iterator that is dropped when the next pass has begun ends nothing any more.
+        if this == self._passes:
+            self.cursor.spent, self.cursor.ended = False, True
+            self._over = next_tick()
 
     # --- as a part of the bundle -------------------------------------------------------
 
@@ -173,16 +177,20 @@ class PreparedLoader:
         wanted = {*self.cursor.state(replay=False), "units", "world_size"}
         known = isinstance(state, dict) and wanted <= set(state) <= wanted | self._source.members
         counts = known and all(
-            type(state[n]) is int for n in ("seed", "epoch", "consumed", "world_size")
+            type(state[n]) is int and 0 <= state[n] < 2**63
+            for n in ("epoch", "consumed", "world_size")
         )
-        sound = counts and state["consumed"] >= 0 and state["epoch"] >= 0
+        sound = counts and type(state["seed"]) is int and -(2**63) <= state["seed"] < 2**64
         require(
             sound and self._source.understands(state), self.name, "expected a position in the data"
         )
 
     def apply(self, state: Any) -> None:
         self.cursor.load(state)
-        self.loss_weight, self.padding, self.handed_out = 1.0, False, 0
+        self.loss_weight, self.padding = 1.0, False
+        # What passes of before were doing is over, iterators that somebody still holds too.
+        self.began = self.handed_out = self._over = 0
+        self._passes += 1
         self._source.apply(state)
 
     def dealt_anew(self, saved: Sequence[Json]) -> SavedPart:

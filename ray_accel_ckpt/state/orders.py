@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +18,11 @@ from torch.utils.data import (
 from ray_accel_ckpt.errors import ConfigurationError
 from ray_accel_ckpt.state.dealing import own_batch_sampler
 from ray_accel_ckpt.state.rng import derived_seed, seed_host, untouched
-from ray_accel_ckpt.state.tree import flatten
+from ray_accel_ckpt.state.tree import Json, encoded_items, flatten
+
+# How samplers that deal out to ranks call the number of these, and their own.
+_COUNTS = ("num_replicas", "_num_replicas", "world_size", "_world_size", "num_shards")
+_RANKS = ("rank", "_rank", "shard_id", "shard_index")
 
 
 class Order(Protocol):
@@ -46,6 +50,10 @@ class Order(Protocol):
         """What else decides the orders to come; None if `seed` and `epoch` are all."""
         ...
 
+    def alike(self, encoded: Json) -> bool:
+        """Whether a saved state, encoded, is of as many objects as have one here."""
+        ...
+
     def understands(self, state: Any) -> bool:
         """Whether `state` is one that `state()` returns."""
         ...
@@ -69,6 +77,10 @@ class _Pure:
 
     def state(self) -> None:
         return None
+
+    def alike(self, encoded: Json) -> bool:
+        del encoded
+        return False
 
     def understands(self, state: Any) -> bool:
         return state is None
@@ -149,6 +161,11 @@ class FromSampler:
             "now": None if _same(now, self._after) else now,
         }
 
+    def alike(self, encoded: Json) -> bool:
+        lists = [encoded_items(encoded).get(name) for name in ("before", "now")]
+        count = len(self._with_state)
+        return self.stateful and all(len(each) == count for each in lists if isinstance(each, list))
+
     def understands(self, state: Any) -> bool:
         if not isinstance(state, dict) or set(state) != {"epoch", "length", "before", "now"}:
             return False
@@ -215,16 +232,29 @@ def order_of(loader: DataLoader[Any]) -> Order:
 
 
 def _refuse_split(sampler: Any) -> None:
-    for holder in (sampler, *_inner(sampler)):
-        replicas = getattr(holder, "num_replicas", 1)
-        if hasattr(holder, "rank") and isinstance(replicas, int) and replicas > 1:
+    for holder in _within(sampler):
+        counts = [getattr(holder, name, 1) for name in _COUNTS]
+        splits = any(type(count) is int and count > 1 for count in counts)
+        if splits and any(hasattr(holder, name) for name in _RANKS):
             raise ConfigurationError(
                 f"the loader's {type(holder).__name__} deals the data out to ranks itself",
                 why="the prepared loader deals out to ranks too: together they would leave out "
                 "most of the data",
-                remedy="give the loader the order of the whole epoch, without num_replicas and "
-                "rank; torch's own DistributedSampler is understood and replaced",
+                remedy="give the loader the order of the whole epoch, as for one rank of one; "
+                "torch's own DistributedSampler is understood and replaced",
             )
+
+
+def _within(sampler: Any) -> Iterator[Any]:
+    """A sampler and those it is made of, as far as they say so."""
+    seen: list[Any] = []
+    pending = [sampler]
+    while pending:
+        holder = pending.pop()
+        if holder is not None and not any(holder is each for each in seen):
+            seen.append(holder)
+            yield holder
+            pending += [getattr(holder, name, None) for name in ("sampler", "batch_sampler")]
 
 
 def _inner(sampler: Any) -> list[Any]:

@@ -180,7 +180,7 @@ class RngPart(_Plain):
     def check(self, state: Any) -> None:
         try:
             rng.check(state)
-        except (TypeError, ValueError, KeyError, RuntimeError, AttributeError) as e:
+        except rng.NOT_A_STATE as e:
             require(False, self.name, f"{type(e).__name__}: {e}")
 
     def apply(self, state: Any) -> None:
@@ -202,7 +202,9 @@ class ProgressPart(_Plain):
 
     def check(self, state: Any) -> None:
         known = isinstance(state, dict) and set(state) == set(self._read())
-        counts = known and all(type(value) is int for value in state.values())
+        counts = known and all(
+            type(value) is int and -(2**63) <= value < 2**64 for value in state.values()
+        )
         sound = counts and min(state["global_step"], state["epoch"]) >= 0
         require(sound, self.name, f"expected the counters {', '.join(self._read())}")
 

@@ -31,7 +31,7 @@ class EpochWatch:
         """
         loaders, began = list(self._loaders()), self._epoch_began()
         ended = any(loader.ended_since(began) for loader in loaders)
-        return ended and not any(loader.in_flight for loader in loaders)
+        return ended and not any(loader.in_flight(began) for loader in loaders)
 
     def replayed(self) -> list[str]:
         """Loaders that a run resumed into this epoch must find empty.
@@ -45,7 +45,7 @@ class EpochWatch:
         return [
             loader.name
             for loader in loaders
-            if loader.ended_since(began) and not any(o.around(loader) for o in loaders)
+            if loader.ended_since(began) and not any(o.around(loader, began) for o in loaders)
         ]
 
     def loss_weight(self) -> float:
@@ -55,7 +55,7 @@ class EpochWatch:
         evaluation inside a training step takes nothing from the training batch.
         """
         loaders = [loader for loader in self._loaders() if loader.handed_out]
-        under_way = [loader for loader in loaders if loader.in_flight]
+        under_way = [loader for loader in loaders if loader.in_flight()]
         latest = max(under_way or loaders, key=lambda loader: loader.handed_out, default=None)
         return 1.0 if latest is None else latest.loss_weight
 

@@ -16,6 +16,12 @@ import numpy as np
 import torch
 import xxhash
 
+NOT_A_STATE = (
+    *(TypeError, ValueError, KeyError),
+    *(RuntimeError, AttributeError, OverflowError),
+)
+"""What `check` raises of a state that is none."""
+
 
 def capture() -> dict[str, Any]:
     """All streams of this process, as plain values and host tensors.

@@ -7,8 +7,10 @@ again is not hoped for but seen, and an order that changed is an error.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from ray_accel_ckpt.state.tree import Json
 logger = logging.getLogger(__name__)
 
 _END = object()
+_PLACES = 512
 _ODD = -7046029254386353131
 """2^64 divided by the golden ratio, as a signed integer: spreads what it multiplies."""
 
@@ -45,7 +48,7 @@ class RowSource:
         self._name = name
         self._world_size = world_size
         self._running: tuple[int, Rows] | None = None
-        self._entry: tuple[int, int, int] | None = None
+        self._entry: _Entry | None = None
 
     def length(self, cursor: Cursor) -> int:
         del cursor
@@ -59,12 +62,12 @@ class RowSource:
         own = OwnStreams(derived_seed(cursor.seed, cursor.epoch, "workers"))
         stream = _Scoped(self._batches, own)
         rows = Rows()
-        if self._entry is not None and self._entry[0] == cursor.epoch:
-            rest = self._read_again(stream, rows, *self._entry[1:])
+        rest: Any = _END
+        if self._entry is not None and self._entry.at == (cursor.epoch, cursor.consumed):
+            rest = self._read_again(stream, rows, self._entry)
         else:
-            rest = _END
-            for _ in range(cursor.consumed):
-                rows.add(next(stream, ()))
+            for batch in itertools.islice(stream, cursor.consumed):
+                rows.add(batch)
         self._entry = None
         consumed = cursor.consumed
         while True:
@@ -84,8 +87,9 @@ class RowSource:
         if within and self._running is not None and self._running[0] == position["epoch"]:
             rows = self._running[1]
             return {"rows": rows.count, "checksum": rows.checksum()}
-        if within and self._entry is not None and self._entry[0] == position["epoch"]:
-            return {"rows": self._entry[1], "checksum": self._entry[2]}
+        here = position["epoch"], position["consumed"]
+        if within and self._entry is not None and self._entry.at == here:
+            return {"rows": self._entry.rows, "checksum": self._entry.checksum}
         return {"rows": 0, "checksum": 0}
 
     def compare(self, saved: Mapping[str, Json], differences: Differences) -> None:
@@ -100,7 +104,9 @@ class RowSource:
 
     def apply(self, state: Mapping[str, Any]) -> None:
         self._running = None
-        self._entry = (state["epoch"], state["rows"], state["checksum"]) if state["rows"] else None
+        at = state["epoch"], state["consumed"]
+        entry = _Entry(at=at, rows=state["rows"], checksum=state["checksum"])
+        self._entry = entry if entry.rows else None
 
     def dealt_anew(self, saved: Sequence[Json]) -> Json:
         if any(isinstance(each, dict) and each.get("rows") for each in saved):
@@ -113,8 +119,9 @@ class RowSource:
             )
         return saved[0]
 
-    def _read_again(self, stream: Iterator[Any], rows: Rows, count: int, checksum: int) -> Any:
-        """Go through the first `count` rows; what is left of the batch the last of them is in."""
+    def _read_again(self, stream: Iterator[Any], rows: Rows, entry: _Entry) -> Any:
+        """Go through the rows before `entry`; what is left of the batch the last of them is in."""
+        count, checksum = entry.rows, entry.checksum
         logger.warning(
             "loader %r: reading %d rows again to get back to the position of the checkpoint",
             self._name,
@@ -142,11 +149,21 @@ class RowSource:
         return rest
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Entry:
+    """Into a pass `at` (epoch, batches handed out): so many rows, with such a checksum."""
+
+    at: tuple[int, int]
+    rows: int
+    checksum: int
+
+
 class Rows:
     """How many rows have gone by, and a checksum of them that the cuts into batches do not move.
 
     It is reckoned where the batches are, and fetched when it is asked for: on an
-    accelerator no batch is waited for. It finds another order; it is no signature.
+    accelerator no batch is waited for. Of a wide row, some hundred places spread over
+    it count. It finds another order; it is no signature.
     """
 
     def __init__(self) -> None:
@@ -217,9 +234,14 @@ def _row_sums(leaf: torch.Tensor) -> torch.Tensor:
     """One int64 a row, in which each of its bytes counts by its place; overflows wrap."""
     if leaf.numel() == 0:
         return torch.zeros(len(leaf), dtype=torch.int64, device=leaf.device)
-    data = leaf.detach().reshape(len(leaf), -1).contiguous().view(torch.uint8)
+    data = leaf.detach().reshape(len(leaf), -1).contiguous()
+    if data.storage_offset() or data.stride(-1) != 1:
+        # A single row counts as contiguous wherever it begins, and cannot be seen as words.
+        data = data.clone(memory_format=torch.contiguous_format)
+    data = data.view(torch.uint8)
     width = next(n for n in (8, 4, 2, 1) if data.shape[1] % n == 0)
     words = data.view({8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[width])
+    words = words[:, :: max(1, words.shape[1] // _PLACES)]
     weights = (torch.arange(words.shape[1], device=leaf.device) * 2 + 1) * _ODD
     # The high half is folded in: a product alone would lose the order of its high bits.
     mixed = words.to(torch.int64) * weights

@@ -16,7 +16,7 @@ from ray_accel_ckpt.errors import ElasticDataError
 from ray_accel_ckpt.state.cursor import Cursor
 from ray_accel_ckpt.state.entrances import ByDataset, entrance_of, has_state
 from ray_accel_ckpt.state.part import Differences
-from ray_accel_ckpt.state.rng import OwnStreams, check_host, derived_seed
+from ray_accel_ckpt.state.rng import NOT_A_STATE, OwnStreams, check_host, derived_seed
 from ray_accel_ckpt.state.source import Served
 from ray_accel_ckpt.state.tree import Json, encoded_items, flatten, tensor_refs, unflatten
 
@@ -96,16 +96,20 @@ class StreamSource:
         return {"loader_workers": self._loader.num_workers, "entry": entry}
 
     def compare(self, saved: Mapping[str, Json], differences: Differences) -> None:
-        if "rows" in saved:
-            differences.differing.append(
-                f"{self._name} (checkpoint: an iterable of batches, registered: a DataLoader)"
-            )
+        other = {"rows": "an iterable of batches", "unit": "data by index"}
+        for member, what in other.items():
+            if member in saved:
+                differences.differing.append(
+                    f"{self._name} (checkpoint: {what}, dataset: iterable)"
+                )
+                return
         if saved.get("units") is not None:
             differences.differing.append(
                 f"{self._name} (checkpoint: {saved['units']} samples, dataset: iterable)"
             )
         workers, now = saved.get("loader_workers"), self._loader.num_workers
-        if workers not in (None, now) and saved.get("started") is True and saved.get("consumed"):
+        inside = saved.get("started") is True and saved.get("spent") is not True
+        if workers not in (None, now) and inside and saved.get("consumed"):
             # Each loader worker makes batches of its own: with others, these are other batches.
             differences.differing.append(
                 f"{self._name} (checkpoint: in the middle of a stream read by {workers} loader "
@@ -196,11 +200,16 @@ class StreamSource:
                 "the dataset has no reshard(states, num_workers), or is read by "
                 "loader workers (num_workers above 0)",
             )
-        inner = [state.get("dataset") for state in states]
+        # What a stream's state says after its end is the dataset's own affair: nothing is left.
+        inner = [state.get("dataset") for state in states if state.get("ended") is not True]
         if tensor_refs(inner):
             raise self._cannot(len(entries), "the states of the dataset hold tensors or arrays")
         dataset: Any = self._loader.dataset
-        dealt = dataset.reshard([unflatten(s, {}) for s in inner], self._world_size)
+        left = [unflatten(state, {}) for state in inner]
+        try:
+            dealt = dataset.reshard(left, self._world_size)
+        except Exception as e:
+            raise self._cannot(len(entries), f"reshard() raised {type(e).__name__}: {e}") from e
         if not isinstance(dealt, list) or len(dealt) != self._world_size:
             raise self._cannot(
                 len(entries), f"reshard() must return a list of {self._world_size} states"
@@ -239,7 +248,7 @@ class StreamSource:
 def _are_streams(state: Any) -> bool:
     try:
         check_host(state)
-    except (TypeError, ValueError, KeyError, RuntimeError, AttributeError):
+    except NOT_A_STATE:
         return False
     return True
 

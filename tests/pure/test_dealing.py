@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader, IterableDataset
 
+from ray_accel_ckpt import Checkpointer
 from ray_accel_ckpt.errors import ConfigurationError
 from ray_accel_ckpt.state.dealing import Dealer, GlobalDealer
+from tests.pure.loaders import prepared
 
 SIZES = st.integers(1, 120)
 WORKERS = st.integers(1, 9)
@@ -159,3 +164,68 @@ def test_a_global_batch_smaller_than_the_workers_is_refused() -> None:
 def test_a_batch_has_at_least_one_sample(batch_size: int) -> None:
     with pytest.raises(ConfigurationError):
         dealers(1, batch_size, False)
+
+
+class Mesh:
+    """One dimension of a device mesh, as seen from one rank."""
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+
+    def size(self) -> int:
+        return 2
+
+    def get_local_rank(self) -> int:
+        return self._rank
+
+
+def test_ranks_of_a_tensor_parallel_group_get_the_same() -> None:
+    """Dealt out over ``mesh["dp"]`` of two, whatever the number of workers."""
+    served = []
+    for dp_rank in (0, 0, 1, 1):
+        ckpt = Checkpointer(seed=5)
+        loader = ckpt.prepare(
+            DataLoader(range(20), shuffle=True),  # type: ignore[arg-type]
+            global_batch_size=6,
+            data_mesh=Mesh(dp_rank),  # type: ignore[arg-type]
+        )
+        served.append([batch.tolist() for batch in loader])
+    assert served[0] == served[1]
+    assert served[2] == served[3]
+    both = [a + b for a, b in zip(served[0], served[2], strict=True)]
+    assert sorted(i for batch in both for i in batch) == list(range(20))
+    assert [len(batch) for batch in both] == [6, 6, 6, 2]
+
+
+def test_a_stream_has_no_data_mesh() -> None:
+    class Stream(IterableDataset[int]):
+        def __iter__(self) -> Iterator[int]:
+            return iter(range(3))
+
+    with pytest.raises(ConfigurationError, match="for map-style data"):
+        Checkpointer().prepare(DataLoader(Stream()), data_mesh=Mesh(0))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("units", "world_size"), [(n, w) for w in (1, 2, 3, 4) for n in range(w, 14)]
+)
+def test_units_that_cannot_be_joined_are_all_served(units: int, world_size: int) -> None:
+    """A tail smaller than the workers is a step of its own, padded, and counts right."""
+    for options in ({"batch_size": None}, {"batch_sampler": [[i] for i in range(units)]}):
+        loaders = [
+            prepared(DataLoader(range(units), **options), rank=rank, world_size=world_size)  # type: ignore[arg-type]
+            for rank in range(world_size)
+        ]
+        steps = [
+            [(batch, loader.padding, loader.loss_weight) for batch in loader] for loader in loaders
+        ]
+        assert len({len(each) for each in steps}) == 1
+        served = [
+            int(batch)
+            for step in zip(*steps, strict=True)
+            for batch, padding, _ in step
+            if not padding
+        ]
+        assert served == list(range(units))
+        for step in zip(*steps, strict=True):
+            assert sum(weight for *_, weight in step) == pytest.approx(world_size, abs=0)

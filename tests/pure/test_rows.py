@@ -195,3 +195,38 @@ def test_another_order_has_another_checksum(order: list[int], flipped: bool) -> 
     one.add({"x": values})
     two.add({"x": other})
     assert (one.checksum() == two.checksum()) == torch.equal(values, other)
+
+
+@pytest.mark.parametrize("num_batches", [1, 2, 3])
+def test_skipping_is_from_the_beginning_also_after_resuming(num_batches: int) -> None:
+    loader = _resumed(_after(Batches(5), 2), Batches(5))
+    first = next(loader.skipped(num_batches))
+    assert int(first["id"][0]) == 5 * num_batches
+
+
+def test_views_of_any_kind_are_counted() -> None:
+    """A single row counts as contiguous wherever it begins."""
+    tokens = torch.arange(9, dtype=torch.int32).reshape(1, 9)
+    views = {
+        "in": tokens[:, :-1],
+        "out": tokens[:, 1:],
+        "wide": torch.zeros(1, 5)[:, ::5],
+        "cut": torch.arange(9, dtype=torch.uint8)[1:2],
+    }
+    viewed, copied = Rows(), Rows()
+    viewed.add(views)
+    copied.add({name: view.clone().contiguous() for name, view in views.items()})
+    assert viewed.checksum() == copied.checksum()
+
+
+def test_wide_rows_are_told_apart() -> None:
+    wide = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    one, two = Rows(), Rows()
+    one.add(wide)
+    two.add(wide.flip(0))
+    assert one.checksum() != two.checksum()
+
+
+def test_a_position_beyond_the_end_ends() -> None:
+    loader = _prepared(Batches(5))
+    assert list(loader.skipped(10**12)) == []

@@ -358,3 +358,89 @@ def test_going_on_reads_nothing_that_was_skipped(tmp_path: Path, workers: int) -
     again.apply(state)
     assert flat(again) == whole[12:]
     assert sorted(map(int, log.read_text().split())) == sorted(whole[12:])
+
+
+class Split(Sampler[int]):
+    """Deals out to ranks under another name than torch's."""
+
+    def __init__(self, count: str, rank: str) -> None:
+        setattr(self, count, 2)
+        setattr(self, rank, 0)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(0, 10, 2))
+
+    def __len__(self) -> int:
+        return 5
+
+
+class Around(Sampler[int]):
+    def __init__(self, sampler: Sampler[int]) -> None:
+        self.sampler = sampler
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.sampler)
+
+
+@pytest.mark.parametrize(
+    ("count", "rank"),
+    [("world_size", "rank"), ("_world_size", "_rank"), ("num_shards", "shard_id")],
+)
+def test_a_sampler_that_deals_out_under_another_name_is_refused(count: str, rank: str) -> None:
+    split = Split(count, rank)
+    for sampler in (split, Around(split), Around(Around(split))):
+        with pytest.raises(errors.ConfigurationError, match="deals the data out to ranks itself"):
+            prepared(DataLoader(range(10), sampler=sampler))  # type: ignore[arg-type]
+
+
+def test_another_sampler_is_a_difference_and_no_damage() -> None:
+    class Stateful(Around):
+        def state_dict(self) -> dict[str, int]:
+            return {"n": 1}
+
+        def load_state_dict(self, state: dict[str, int]) -> None:
+            del state
+
+    one = prepared(DataLoader(range(10), sampler=Stateful(SequentialSampler(range(10)))))  # type: ignore[arg-type]
+    two = prepared(DataLoader(range(10), sampler=Stateful(Stateful(SequentialSampler(range(10))))))  # type: ignore[arg-type]
+    none = prepared(DataLoader(range(10), sampler=Around(SequentialSampler(range(10)))))  # type: ignore[arg-type]
+    batches = prepared(DataLoader(range(10), batch_sampler=[[i] for i in range(10)]))  # type: ignore[arg-type]
+    for saved, registered in (
+        (one, two),
+        (two, one),
+        (one, none),
+        (none, batches),
+        (batches, none),
+    ):
+        next(iter(saved))
+        differences = Differences()
+        registered.compare(as_saved(saved.capture()), differences)
+        assert len(differences.differing) == 1
+
+
+class Failing(Dataset[int]):
+    def __len__(self) -> int:
+        return 20
+
+    def __getitem__(self, index: int) -> int:
+        if index == 9:
+            raise OSError("a disk that is gone for a while")
+        return index
+
+
+def test_an_error_in_the_data_is_not_the_end_of_it() -> None:
+    loader = prepared(DataLoader(Failing(), batch_size=2))
+    with pytest.raises(OSError, match="gone for a while"):
+        list(loader)
+    state = restored(loader.capture())
+    assert (state["epoch"], state["consumed"], state["spent"]) == (0, 8, False)
+
+
+def test_an_iterator_of_before_does_not_end_what_was_loaded() -> None:
+    loader = prepared(DataLoader(range(20), batch_size=2))  # type: ignore[arg-type]
+    held = iter(loader)
+    next(held)
+    state = restored(loader.capture())
+    loader.apply(state)
+    del held
+    assert restored(loader.capture()) == state

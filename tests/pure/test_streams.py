@@ -18,6 +18,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from ray_accel_ckpt import Checkpointer, errors
 from ray_accel_ckpt.state.part import Differences
+from ray_accel_ckpt.state.tree import unflatten
 from tests.pure.helpers import (
     OnStep,
     ShuffledStream,
@@ -546,3 +547,62 @@ def test_what_is_no_position_is_not_dealt_anew(value: Any) -> None:
     loader = stream_group(2)[0]
     with pytest.raises((errors.CorruptCheckpointError, errors.ElasticDataError)):
         load(loader, [value])
+
+
+class Parts(IterableDataset[int]):
+    """Deals out anew what is left; to a state of its end it begins from the front."""
+
+    def __init__(self, items: list[int]) -> None:
+        self.items, self.at = items, 0
+        self.dealt: list[Any] = []
+
+    def __iter__(self) -> Iterator[int]:
+        self.at %= max(1, len(self.items))
+        while self.at < len(self.items):
+            self.at += 1
+            yield self.items[self.at - 1]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"items": self.items, "at": self.at % len(self.items)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.items, self.at = state["items"], state["at"]
+
+    def reshard(self, states: list[Any], num_workers: int) -> list[Any]:
+        self.dealt = states
+        left = [i for state in states for i in state["items"][state["at"] :]]
+        return [{"items": left[i::num_workers], "at": 0} for i in range(num_workers)]
+
+
+def test_streams_that_have_ended_are_not_dealt_out_again() -> None:
+    """One rank has seen its end (a batch cut short), the other stands before more."""
+    saved = []
+    for rank, items in enumerate(([0, 1, 2], [3, 4, 5, 6, 7])):
+        loader = prepared(DataLoader(Parts(items), batch_size=2), rank=rank, world_size=2)
+        running = iter(loader)
+        next(running)
+        next(running)
+        saved.append(loader.capture().value)
+        del running
+    served = []
+    for rank in range(3):
+        data = Parts([])
+        loader = prepared(DataLoader(data, batch_size=2), rank=rank, world_size=3)
+        loader.apply(unflatten(loader.dealt_anew(saved).value, {}))
+        served += [int(i) for batch in loader for i in batch]
+        assert len(data.dealt) == 1
+    assert served == [7]
+
+
+def test_an_error_of_reshard_says_where_it_is_from() -> None:
+    class Broken(Parts):
+        def reshard(self, states: list[Any], num_workers: int) -> list[Any]:
+            raise KeyError("position")
+
+    loader = prepared(DataLoader(Broken([1, 2, 3]), batch_size=1), world_size=2)
+    running = iter(loader)
+    next(running)
+    value = loader.capture().value
+    other = prepared(DataLoader(Broken([1, 2, 3])), world_size=3)
+    with pytest.raises(errors.ElasticDataError, match="raised KeyError"):
+        other.dealt_anew([value, value])
