@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ray_accel_ckpt import errors
 from ray_accel_ckpt.integrations.dcp import CheckpointReader, from_dcp
 from tests.gloo.matrix import build, made, mine, tensors_of
-from tests.gloo.workers import smaller_group, spawn
+from tests.gloo.workers import smaller_group, spawn, write
 from tests.helpers_image import flip
 
 TARGETS = [("fsdp", 2), ("fsdp", 4), ("hsdp", 4), ("tp", 2), ("fsdp+tp", 4), ("ddp", 2)]
@@ -69,53 +71,53 @@ def _assert_holds(
 
 
 def _run(rank: int, world_size: int, directory: Path) -> None:
-    with smaller_group(rank, 3, directory / "ours") as member:
-        if member:
-            _save_ours(rank, directory)
+    def case(name: str, size: int, function: Callable[..., None], *args: Any) -> None:
+        """A failure is written down: raised here, it would leave the other processes waiting."""
+        with smaller_group(rank, size, directory / name) as member:
+            try:
+                if member:
+                    function(directory, *args)
+            except Exception:
+                write(directory / "failures" / f"{name}-{rank}", traceback.format_exc())
+
+    case("ours", 3, _save_ours)
     for kind, size in TARGETS:
-        with smaller_group(rank, size, directory / f"{kind}-{size}") as member:
-            if member:
-                _load_through_dcp(kind, size, directory)
-    with smaller_group(rank, 2, directory / "dcp-saving") as member:
-        if member:
-            _save_with_dcp(rank, directory)
-    with smaller_group(rank, 3, directory / "converted") as member:
-        if member:
-            _load_converted(directory)
-    if rank == 0:
-        flip(directory / "checkpoint", "model/odd.weight")
-    dist.barrier()
-    _notice_damage(directory)
+        case(f"{kind}-{size}", size, _load_through_dcp, kind, size)
+    case("theirs", 2, _save_with_dcp)
+    case("converted", 3, _load_converted)
+    case("damaged", 4, _notice_damage)
 
 
-def _save_ours(rank: int, directory: Path) -> None:
+def _save_ours(directory: Path) -> None:
+    rank = dist.get_rank()
     ckpt, model, optimizer = made("fsdp", 3, seed=1)
     _step(model, optimizer, rank)
     _step(model, optimizer, 10 + rank)
-    ckpt.save_state(directory / "checkpoint")
+    ckpt.save_state(directory / "saved")
     expected = _whole(model, optimizer)
     if rank == 0:
         torch.save(expected, directory / "reference")
 
 
-def _load_through_dcp(kind: str, world_size: int, directory: Path) -> None:
+def _load_through_dcp(directory: Path, kind: str, world_size: int) -> None:
     model, optimizer = _fresh(kind, world_size)
     state = _states(model, optimizer)
-    dcp.load(state, storage_reader=CheckpointReader(directory / "checkpoint"))
+    dcp.load(state, storage_reader=CheckpointReader(directory / "saved"))
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
     _assert_holds(model, optimizer, torch.load(directory / "reference"))
 
 
-def _save_with_dcp(rank: int, directory: Path) -> None:
+def _save_with_dcp(directory: Path) -> None:
+    rank = dist.get_rank()
     model, optimizer = _fresh("fsdp", 2)
     for group in optimizer.param_groups:
         group["lr"] = 0.01
     _step(model, optimizer, 20 + rank)
-    dcp.save(_states(model, optimizer), checkpoint_id=directory / "theirs")
+    dcp.save(_states(model, optimizer), checkpoint_id=directory / "dcp")
     expected = _whole(model, optimizer)
     if rank == 0:
         torch.save(expected, directory / "their-reference")
-        from_dcp(directory / "theirs", directory / "converted-checkpoint")
+        from_dcp(directory / "dcp", directory / "converted-checkpoint")
 
 
 def _load_converted(directory: Path) -> None:
@@ -127,10 +129,13 @@ def _load_converted(directory: Path) -> None:
 
 def _notice_damage(directory: Path) -> None:
     """Every process learns of it, also those that do not read the damaged shard."""
+    if dist.get_rank() == 0:
+        flip(directory / "saved", "model/odd.weight")
+    dist.barrier()
     model, _ = _fresh("fsdp", dist.get_world_size())
     state = {"model": get_model_state_dict(model)}
     with pytest.raises(CheckpointException, match=r"model/odd\.weight") as caught:
-        dcp.load(state, storage_reader=CheckpointReader(directory / "checkpoint"))
+        dcp.load(state, storage_reader=CheckpointReader(directory / "saved"))
     causes = [cause for cause, _ in caught.value.failures.values()]
     assert causes
     assert all(isinstance(cause, errors.CorruptCheckpointError) for cause in causes)
@@ -138,3 +143,5 @@ def _notice_damage(directory: Path) -> None:
 
 def test_dcp_loads_ours_into_any_mesh_and_ours_loads_what_dcp_wrote(tmp_path: Path) -> None:
     spawn(_run, 4, tmp_path)
+    failures = [file.read_text() for file in (tmp_path / "failures").glob("*")]
+    assert not failures, "\n".join(failures)
