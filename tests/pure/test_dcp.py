@@ -165,7 +165,8 @@ class Narrow(DefaultLoadPlanner):
 
 
 def test_names_of_a_tied_weight_may_want_different_rows(tmp_path: Path) -> None:
-    source = _saved(tmp_path / "ckpt", Network(1))
+    with mock.patch.object(images, "BLOCK", 64):
+        source = _saved(tmp_path / "ckpt", Network(1))
     state = {"model": {n: torch.zeros(11, 6) for n in ("embed.weight", "head.weight")}}
     dcp.load(state, storage_reader=CheckpointReader(source), planner=Narrow(), no_dist=True)
     for name, (first, count) in Narrow.rows.items():
@@ -176,17 +177,16 @@ def test_names_of_a_tied_weight_may_want_different_rows(tmp_path: Path) -> None:
 
 def test_a_slice_without_bytes_hides_no_other(tmp_path: Path) -> None:
     """Nothing here writes one beside others, but the format has it."""
-    source = _save_parts(tmp_path / "ckpt", part_of({"row": torch.ones(1, 4)}), world_size=2)
-    manifests = [source / manifest_name(rank, 2) for rank in range(2)]
+    source = _save_parts(tmp_path / "ckpt", part_of({"rows": torch.ones(2, 4)}), world_size=3)
+    manifests = [source / manifest_name(rank, 3) for rank in range(3)]
     bodies = [json.loads(manifest.read_text())["body"] for manifest in manifests]
-    (holder,) = [rank for rank in range(2) if bodies[rank]["slices"]]
-    empty = {**bodies[holder]["slices"][0], "sizes": [0, 4], "blocks": []}
-    other = bodies[1 - holder]
-    empty["begin"] = empty["end"] = other["shard"]["nbytes"]
-    other["slices"] = [empty]
-    manifests[1 - holder].write_bytes(forged(other))
-    found = _load({"part": {"row": torch.zeros(1, 4)}}, source)
-    assert torch.equal(found["part"]["row"], torch.ones(1, 4))
+    (idle,) = [rank for rank in range(3) if not bodies[rank]["slices"]]
+    (first,) = [i for body in bodies for i in body["slices"] if i["offsets"] == [0, 0]]
+    end = bodies[idle]["shard"]["nbytes"]
+    empty = {**first, "sizes": [2, 0], "blocks": [], "begin": end, "end": end}
+    manifests[idle].write_bytes(forged({**bodies[idle], "slices": [empty]}))
+    found = _load({"part": {"rows": torch.zeros(2, 4)}}, source)
+    assert torch.equal(found["part"]["rows"], torch.ones(2, 4))
 
 
 def test_each_optimizer_has_the_names_of_its_own_model(tmp_path: Path) -> None:
