@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
@@ -22,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ray_accel_ckpt import errors
 from ray_accel_ckpt.integrations.dcp import CheckpointReader, from_dcp
+from ray_accel_ckpt.integrations.export import export_safetensors
 from tests.gloo.matrix import build, made, mine, tensors_of
 from tests.gloo.workers import smaller_group, spawn, write
 from tests.helpers_image import flip
@@ -83,6 +85,7 @@ def _run(rank: int, world_size: int, directory: Path) -> None:
     case("ours", 3, _save_ours)
     for kind, size in TARGETS:
         case(f"{kind}-{size}", size, _load_through_dcp, kind, size)
+    case("exported", 1, _export)
     case("theirs", 2, _save_with_dcp)
     case("converted", 3, _load_converted)
     case("damaged", 4, _notice_damage)
@@ -105,6 +108,13 @@ def _load_through_dcp(directory: Path, kind: str, world_size: int) -> None:
     dcp.load(state, storage_reader=CheckpointReader(directory / "saved"))
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
     _assert_holds(model, optimizer, torch.load(directory / "reference"))
+
+
+def _export(directory: Path) -> None:
+    (path,) = export_safetensors(directory / "saved", directory / "weights")
+    expected, found = torch.load(directory / "reference"), load_file(path)
+    assert found.keys() == {name for name in expected if ":" not in name}
+    assert all(torch.equal(t, expected[name]) for name, t in found.items())
 
 
 def _save_with_dcp(directory: Path) -> None:
