@@ -11,14 +11,17 @@ export RAY_USAGE_STATS_ENABLED := 0
 export RAY_DEDUP_LOGS := 1
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: demo test test-all lint pure gloo ray-tests benchmark clean
+.PHONY: demo demo-elastic test test-all lint pure gloo ray-tests examples benchmark clean
 
 demo: $(STAMP)
 	$(RUN) examples/resume_digits.py
 
+demo-elastic: $(STAMP)
+	$(RUN) examples/elastic_gpt.py
+
 test: lint pure gloo ray-tests
 
-test-all: test
+test-all: test examples
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
@@ -34,6 +37,9 @@ gloo: $(STAMP)
 
 ray-tests: $(STAMP)
 	$(RUN) -m pytest -q tests/ray
+
+examples: $(STAMP)
+	$(RUN) -m pytest -q tests/examples
 
 benchmark: $(STAMP)
 	$(RUN) -m pip install -q -c constraints.txt accelerate

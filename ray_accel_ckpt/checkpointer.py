@@ -15,6 +15,7 @@ from ray_accel_ckpt.image.reader import Snapshot
 from ray_accel_ckpt.image.staging import SlotPool
 from ray_accel_ckpt.policy import SavePolicy
 from ray_accel_ckpt.project import ProjectConfiguration
+from ray_accel_ckpt.runtime.elastic import dealt_anew, gradients_left_out
 from ray_accel_ckpt.runtime.prepare import Preparer
 from ray_accel_ckpt.runtime.report import Metrics
 from ray_accel_ckpt.runtime.restore import Restored, Restorer
@@ -22,6 +23,7 @@ from ray_accel_ckpt.runtime.session import Session
 from ray_accel_ckpt.runtime.sinks import Sink, sink_for
 from ray_accel_ckpt.state import rng
 from ray_accel_ckpt.state.bundle import Plan, StateBundle, require_stateful
+from ray_accel_ckpt.state.dealing import require_global_batch_size
 from ray_accel_ckpt.state.hooks import Hooks, LoadHook, SaveHook
 from ray_accel_ckpt.state.loader import PreparedLoader
 from ray_accel_ckpt.state.model import ModelPart
@@ -122,18 +124,38 @@ class Checkpointer:
 
     # --- setting up --------------------------------------------------------------------
 
-    def prepare(self, *objects: Any) -> Any:
+    def prepare(self, *objects: Any, global_batch_size: int | None = None) -> Any:
         """Make models, optimizers, loaders and schedulers part of the state.
 
         Models move to this worker's device and are wrapped for data
-        parallelism, loaders become resumable and serve this worker's share,
-        optimizers go through the scaler if there is one. Anything else is
+        parallelism, unless they are sharded already (`fully_shard`, tensor
+        parallel plans). Loaders, and what `iter_torch_batches` of a Ray Data
+        shard returns, become resumable; loaders serve this worker's share.
+        Optimizers go through the scaler if there is one. Anything else is
         returned as it is. Collective when there are peers.
+
+        Args:
+            global_batch_size: samples of one batch over all workers, for the
+                loaders among `objects`, however many workers there are. Their
+                own batch size is then not used. Workers' batches may differ in
+                size by one: `backward` weighs losses accordingly. None: each
+                worker's batches are of the loader's own size.
 
         Returns:
             The prepared objects in the order given; the object itself if it is one.
+
+        Raises:
+            ConfigurationError: an object that cannot be prepared as it is, one
+                that is sharded in a way that is not read among them.
+            UnsupportedStateError: a parameter whose shards are not boxes of a
+                mesh over all workers.
         """
-        prepared = tuple(self._preparer.prepare(obj) for obj in objects)
+        if global_batch_size is not None:
+            workers = self._session.group.world_size
+            require_global_batch_size(global_batch_size, objects, world_size=workers)
+        prepared = tuple(
+            self._preparer.prepare(obj, global_batch_size=global_batch_size) for obj in objects
+        )
         return prepared[0] if len(prepared) == 1 else prepared
 
     def register_for_checkpointing(
@@ -203,9 +225,27 @@ class Checkpointer:
             self._save(self._sink(), self._last_metrics)
         self.flush()
 
+    @property
+    def loss_weight(self) -> float:
+        """What this rank's loss of the latest batch counts in the mean over ranks.
+
+        1, unless the workers' shares of that batch differ in size (with
+        `global_batch_size`) or this one's is padding: then the gradient that
+        data parallelism averages is that of the mean over the whole batch only
+        if each rank's mean loss is multiplied by this. `backward` does so; a
+        loop that calls ``loss.backward()`` itself multiplies by it.
+        """
+        return self._watch.loss_weight()
+
     def backward(self, loss: torch.Tensor, **kwargs: Any) -> None:
-        """``loss.backward(**kwargs)``, scaled if there is a scaler."""
-        scaled = self.scaler.scale(loss) if self.scaler is not None else loss
+        """``loss.backward(**kwargs)``, weighed by `loss_weight`, scaled if there is a scaler.
+
+        Args:
+            loss: a mean over the samples of the latest batch.
+        """
+        weight = self.loss_weight
+        weighed = loss if weight == 1 else loss * weight
+        scaled = self.scaler.scale(weighed) if self.scaler is not None else weighed
         scaled.backward(**kwargs)  # type: ignore[no-untyped-call]
 
     def step(self, metrics: Metrics = None) -> None:
@@ -363,30 +403,20 @@ class Checkpointer:
         skip = self._hooks.skipped(self._bundle.of_type(ModelPart), snapshot.where)
         if rank >= snapshot.world_size:
             skip |= snapshot.per_rank_parts()
-        if snapshot.world_size != self._session.group.world_size:
-            skip |= self._without_gradients(snapshot)
-        return self._bundle.plan(
-            snapshot.parts(rank), only=only, skip=skip, strict=strict, where=snapshot.where
-        )
-
-    def _without_gradients(self, snapshot: Snapshot) -> frozenset[str]:
-        """What each worker had accumulated cannot be dealt out to another number of them."""
-        name = self._bundle.gradients.name
-        if name not in snapshot.manifests[0].parts:
-            return frozenset()
-        logger.warning(
-            "the checkpoint was saved inside an accumulation window by %d workers: the gradients "
-            "accumulated so far are left out, the window begins anew",
-            snapshot.world_size,
-        )
-        return frozenset({name})
+        saved = snapshot.parts(rank)
+        world_size, gradients = self._session.group.world_size, self._bundle.gradients
+        if gradients_left_out(snapshot, saved, gradients, world_size):
+            skip |= {gradients.name}
+        if snapshot.world_size != world_size:
+            streams = dealt_anew(snapshot, self._bundle.of_type(PreparedLoader), only)
+            saved, skip = saved | streams, skip - streams.keys()
+        return self._bundle.plan(saved, only=only, skip=skip, strict=strict, where=snapshot.where)
 
     def _after_load(self, restored: Restored, *, complete: bool) -> None:
         rank, stored = self._session.group.rank, restored.snapshot.world_size
         if not complete:
             return
-        same = stored == self._session.group.world_size
-        if same and "gradients" in restored.snapshot.manifests[0].parts:
+        if self._bundle.gradients.name in restored.parts:
             self._preparer.window.reopen()
         else:
             self._preparer.window.clear()

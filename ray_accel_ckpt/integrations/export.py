@@ -43,8 +43,9 @@ def export_safetensors(
     """Write the tensors of one part as `model.safetensors`, under their `state_dict` names.
 
     What does not fit one file becomes `model-00001-of-0000N.safetensors` and so
-    on, with `model.safetensors.index.json`, as 🤗 Transformers has it: with the
-    model's `config.json` beside them, `from_pretrained(output_dir)` loads them.
+    on. `model.safetensors.index.json` says which name is in which file, as
+    🤗 Transformers has it: with the model's `config.json` beside them,
+    `from_pretrained(output_dir)` loads them.
     Weights that were saved sharded come out whole, tied ones under each of their
     names. Every byte is proved before it is written. What is no tensor, a
     module's extra state say, is left out with a warning that names it.
@@ -90,11 +91,9 @@ def export_safetensors(
     for name, specs in files.items():
         layout = shard.plan(Slice(spec=spec, start=0, stop=spec.box.rows) for spec in specs)
         _write_weights(filesystem, f"{directory}/{name}", layout, slot, tensors)
-    written = [f"{directory}/{name}" for name in files]
-    if len(files) > 1:
-        written.append(f"{directory}/{_INDEX}")
-        _write_index(filesystem, written[-1], files)
-    return tuple(written)
+    index = f"{directory}/{_INDEX}"
+    _write_index(filesystem, index, files)
+    return (*(f"{directory}/{name}" for name in files), index)
 
 
 def _stored_names(saved: SavedPart, part: str, where: str) -> dict[str, str]:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from ray_accel_ckpt.runtime.ray_run import training_device
+from ray_accel_ckpt.runtime.ray_run import is_ray_data, training_device
 from ray_accel_ckpt.runtime.refusals import refuse_unreadable_model, refuse_unreadable_optimizer
 from ray_accel_ckpt.runtime.session import Session
 from ray_accel_ckpt.state.bundle import StateBundle
@@ -79,7 +79,7 @@ class Preparer:
     def device(self) -> torch.device:
         return training_device()
 
-    def prepare(self, obj: Any) -> Any:
+    def prepare(self, obj: Any, *, global_batch_size: int | None = None) -> Any:
         """See `Checkpointer.prepare`. What is prepared already comes back as it is."""
         self._session.agree()
         group = self._session.group
@@ -96,7 +96,7 @@ class Preparer:
             prepared = prepare_optimizer(obj, self._scaler, self.window.closer())
             self._bundle.add_optimizer(obj)
             return prepared
-        if isinstance(obj, DataLoader):
+        if isinstance(obj, DataLoader) or is_ray_data(obj):
             loader = PreparedLoader(
                 obj,
                 name=self._bundle.next_loader_name(),
@@ -104,6 +104,7 @@ class Preparer:
                 rank=group.rank,
                 world_size=group.world_size,
                 device=self.device,
+                global_batch_size=global_batch_size,
             )
             self._bundle.add(loader)
             return loader

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from ray_accel_ckpt.errors import ConfigurationError
 from ray_accel_ckpt.storage.filesystem import Filesystem, wrap
 
 
@@ -75,6 +77,24 @@ def training_device() -> torch.device:
     if accelerator is None:
         return torch.device("cpu")
     return torch.device(accelerator.type, _local_rank() % torch.accelerator.device_count())
+
+
+def is_ray_data(obj: Any) -> bool:
+    """Whether `obj` is what `iter_torch_batches` of a Ray dataset or its shard returns.
+
+    Raises:
+        ConfigurationError: it is the dataset or the shard itself, which has no batches yet.
+    """
+    if "ray.data" not in sys.modules:
+        return False
+    import ray.data
+
+    if isinstance(obj, (ray.data.Dataset, ray.data.DataIterator)):
+        raise ConfigurationError(
+            f"a {type(obj).__qualname__} has no batches yet",
+            remedy="prepare(shard.iter_torch_batches(batch_size=...))",
+        )
+    return type(obj).__module__.startswith("ray.data.") and isinstance(obj, Iterable)
 
 
 def _local_rank() -> int:

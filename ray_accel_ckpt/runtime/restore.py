@@ -47,10 +47,11 @@ Decide = Callable[[Snapshot], Plan]
 
 @dataclass(frozen=True, kw_only=True)
 class Restored:
-    """What was loaded."""
+    """What was loaded: the parts named, out of a snapshot at a path."""
 
     snapshot: Snapshot
     path: str
+    parts: frozenset[str]
 
 
 @dataclass(kw_only=True)
@@ -123,7 +124,8 @@ class Restorer:
         self._deal(wanted, staged, tensors, live=True)
         for (part, _), state in zip(plan.parts, states, strict=True):
             part.apply(state)
-        return Restored(snapshot=snapshot, path=path)
+        applied = frozenset(part.name for part, _ in plan.parts)
+        return Restored(snapshot=snapshot, path=path, parts=applied)
 
     def _understood(self, plan: Plan, tensors: Destination) -> list[Any]:
         states = []

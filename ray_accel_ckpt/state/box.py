@@ -14,6 +14,9 @@ from itertools import pairwise
 
 import torch
 
+_DEPTH = 8
+"""Cuts within cuts: one for each tensor dimension that a mesh cuts, and one for rows."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Box:
@@ -84,9 +87,9 @@ def tile(shape: Sequence[int], boxes: Iterable[Box]) -> bool:
     if not all(_inside(box, whole) for box in found):
         return False
     found = [box for box in found if box.numel > 0]
-    if whole.numel == 0:
-        return not found
-    return _tiles(found, whole, depth=2 * len(whole.size) + 2)
+    if sum(box.numel for box in found) != whole.numel:
+        return False
+    return not found or _tiles(found, whole, depth=_DEPTH)
 
 
 def _inside(box: Box, whole: Box) -> bool:

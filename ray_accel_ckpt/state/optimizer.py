@@ -88,8 +88,8 @@ class OptimizerPart:
                     where=ref,
                     why=f"it is no DTensor of {list(parameter.shape)} as {name!r} is, and what "
                     "part of it belongs to which worker is not known",
-                    remedy="use an optimizer whose state has the parameter's shape, as those of "
-                    "torch.optim but Adafactor have, or do not shard the model",
+                    remedy="use an optimizer whose state has the parameter's shape, as that of "
+                    "AdamW has, or do not shard the model",
                 )
         return scopes
 

@@ -142,6 +142,15 @@ class GradientPart(_Plain):
         )
         require(tensors, self.name, "expected a gradient of its shape for each parameter")
 
+    def fits(self, saved: SavedPart) -> bool:
+        """Whether these gradients can be gone on with.
+
+        A parameter that is sharded now has gradients that are summed over the
+        ranks; of one that was not, each rank has saved its own.
+        """
+        templates = self.templates(saved)
+        return all(saved.tensors[name].sharded for name in templates)
+
     def apply(self, state: Any) -> None:
         for name, parameter in self._named():
             saved = state.get(name)

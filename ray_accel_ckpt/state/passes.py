@@ -48,6 +48,17 @@ class EpochWatch:
             if loader.ended_since(began) and not any(o.around(loader) for o in loaders)
         ]
 
+    def loss_weight(self) -> float:
+        """What the loss of the batch in hand counts in the mean over ranks.
+
+        The batch in hand is the latest of those whose pass is under way: an
+        evaluation inside a training step takes nothing from the training batch.
+        """
+        loaders = [loader for loader in self._loaders() if loader.handed_out]
+        under_way = [loader for loader in loaders if loader.in_flight]
+        latest = max(under_way or loaders, key=lambda loader: loader.handed_out, default=None)
+        return 1.0 if latest is None else latest.loss_weight
+
     def _epoch_began(self) -> int:
         """In a loop that counts its own epochs, the first loader's pass begins one."""
         if self._began:

@@ -24,21 +24,24 @@ def capture() -> dict[str, Any]:
     process has not used gets a context.
     """
     return {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(legacy=False),
-        "torch": torch.default_generator.get_state(),
+        **_host_state(),
         "accelerator": [g.get_state() for g in _accelerator_generators()],
     }
 
 
 def check(state: dict[str, Any]) -> None:
     """Try `state` on generators of no consequence; raises whatever they raise."""
-    random.Random().setstate(state["python"])  # noqa: S311 - drawn from by nobody
-    np.random.RandomState().set_state(state["numpy"])
-    torch.Generator().set_state(state["torch"])
+    check_host(state)
     for saved in state["accelerator"]:
         if saved.dtype != torch.uint8:
             raise TypeError(f"a generator's state is uint8, not {saved.dtype}")
+
+
+def check_host(state: dict[str, Any]) -> None:
+    """As `check`, for a state without accelerators."""
+    random.Random().setstate(state["python"])  # noqa: S311 - drawn from by nobody
+    np.random.RandomState().set_state(state["numpy"])
+    torch.Generator().set_state(state["torch"])
 
 
 def restore(state: dict[str, Any]) -> None:
@@ -47,9 +50,7 @@ def restore(state: dict[str, Any]) -> None:
     A device that exists now and did not then keeps its stream; one that is
     gone takes its stream with it.
     """
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.default_generator.set_state(state["torch"])
+    _set_host_state(state)
     for generator, saved in zip(_accelerator_generators(), state["accelerator"], strict=False):
         generator.set_state(saved)
 
@@ -101,20 +102,27 @@ class OwnStreams:
             finally:
                 self._state = _host_state()
 
+    def state(self) -> dict[str, Any]:
+        """As plain values and host tensors, which do not change when the streams go on."""
+        return self._state
 
-def _host_state() -> tuple[Any, ...]:
-    return (
-        random.getstate(),
-        np.random.get_state(legacy=False),
-        torch.default_generator.get_state(),
-    )
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from what `state()` returned."""
+        self._state = state
 
 
-def _set_host_state(state: tuple[Any, ...]) -> None:
-    python, numpy, host = state
-    random.setstate(python)
-    np.random.set_state(numpy)
-    torch.default_generator.set_state(host)
+def _host_state() -> dict[str, Any]:
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(legacy=False),
+        "torch": torch.default_generator.get_state(),
+    }
+
+
+def _set_host_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.default_generator.set_state(state["torch"])
 
 
 def _accelerator_generators() -> tuple[torch.Generator, ...]:

@@ -9,7 +9,8 @@ from typing import Any
 from torch.utils.data import DataLoader, IterableDataset
 
 from ray_accel_ckpt.errors import ConfigurationError
-from ray_accel_ckpt.state.loader import PreparedLoader, worker_options
+from ray_accel_ckpt.state.indexed import worker_options
+from ray_accel_ckpt.state.loader import PreparedLoader
 
 
 class SkippedLoader:

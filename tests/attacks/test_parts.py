@@ -133,6 +133,28 @@ def test_a_position_that_is_none(memory: MemoryFilesystem, member: str, value: A
     _refused(memory)
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"sampler": 7},
+        {"sampler": {"epoch": 0, "length": 1, "before": [{}], "now": [{}]}},
+        {"entry": None},
+        {"entry": {"at": 0, "kind": "dataset", "state": {}, "streams": None}},
+        {"loader_workers": 0},
+        {"more": 1},
+    ],
+    ids=repr,
+)
+def test_a_position_that_holds_what_such_a_loader_has_not(
+    memory: MemoryFilesystem, more: dict[str, Any]
+) -> None:
+    def change(body: dict[str, Any]) -> None:
+        body["parts"]["loader"]["value"].update(more)
+
+    memory.files[MANIFEST] = edited(memory.files[MANIFEST], change)
+    _refused(memory)
+
+
 @pytest.mark.parametrize("stream", ["python", "numpy", "torch"])
 def test_a_random_stream_that_is_none(memory: MemoryFilesystem, stream: str) -> None:
     """Restored last of all: what is wrong with it must be known before anything is."""

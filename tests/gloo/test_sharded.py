@@ -90,9 +90,13 @@ def _saved(ckpt: Checkpointer, directory: Path) -> None:
 def _situations(rank: int, world_size: int, directory: Path) -> None:
     """Moments that a save may fall into, in one set of processes."""
     _inside_a_window(rank, directory / "window")
+    _inside_a_window_of_ddp(rank, directory / "window-of-ddp")
     _before_the_sum(rank, directory / "unreduced")
     _after_an_evaluation(rank, directory / "evaluated")
     _with_an_average(rank, directory / "average")
+    _with_a_parameter_that_is_not_sharded(rank, directory / "ignored")
+    for optimizer in ELEMENTWISE:
+        _with(optimizer, rank, directory / optimizer)
 
 
 def _inside_a_window(rank: int, directory: Path) -> None:
@@ -113,6 +117,21 @@ def _inside_a_window(rank: int, directory: Path) -> None:
     assert all(torch.equal(t, expected[name]) for name, t in _shards(model).items())
 
 
+def _inside_a_window_of_ddp(rank: int, directory: Path) -> None:
+    """Each rank's gradients are its own then, and no part of a sharded one."""
+    ckpt, model, optimizer = _made(_network())
+    _backward(model, rank)
+    optimizer.step()
+    optimizer.zero_grad()
+    with model.no_sync():
+        _backward(model, 10 + rank)
+    _saved(ckpt, directory)
+    for fresh, kept in ((_sharded(_network()), False), (_network(), True)):
+        ckpt, model, _ = _made(fresh)
+        assert ckpt.load_state(directory)
+        assert all((p.grad is not None) == kept for p in model.parameters())
+
+
 def _before_the_sum(rank: int, directory: Path) -> None:
     """Gradients that FSDP keeps to itself would be lost without a word."""
     ckpt, model, optimizer = _made(_sharded(_network()))
@@ -128,8 +147,11 @@ def _before_the_sum(rank: int, directory: Path) -> None:
 
 
 def _after_an_evaluation(rank: int, directory: Path) -> None:
-    """A forward without a backward leaves the root's parameters gathered."""
-    ckpt, model, optimizer = _made(_sharded(_network()))
+    """A forward without a backward leaves the root's parameters gathered: other objects
+    than those the optimizer knows, which here is captured first."""
+    ckpt, model = Checkpointer(), _sharded(_network())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    optimizer, model = ckpt.prepare(optimizer, model)
     _backward(model, rank)
     optimizer.step()
     optimizer.zero_grad()
@@ -167,6 +189,66 @@ def _with_an_average(rank: int, directory: Path) -> None:
     for name, tensor in fresh.shadow.items():
         assert isinstance(tensor, DTensor)
         assert torch.equal(tensor.to_local(), expected[name])
+
+
+def _with_a_parameter_that_is_not_sharded(rank: int, directory: Path) -> None:
+    """Nobody keeps its copies equal: each rank's is its own, and so is its optimizer state."""
+
+    def made() -> tuple[Checkpointer, nn.Module, torch.optim.Optimizer]:
+        model = _network()
+        mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+        ignored = {model[2].bias}
+        return _made(fully_shard(model, mesh=mesh, ignored_params=ignored))
+
+    ckpt, model, optimizer = made()
+    _backward(model, rank)
+    optimizer.step()
+    optimizer.zero_grad()
+    own = model[2].bias
+    others = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(others, own.detach())
+    assert not torch.equal(*others)
+    expected = own.detach().clone(), optimizer.state[own]["exp_avg"].clone()
+    _saved(ckpt, directory)
+    ckpt, model, optimizer = made()
+    assert ckpt.load_state(directory)
+    own = model[2].bias
+    assert torch.equal(own, expected[0])
+    assert torch.equal(optimizer.state[own]["exp_avg"], expected[1])
+
+
+# Rprop and Adafactor cannot step on a DTensor: torch's operations for it lack some of theirs.
+ELEMENTWISE = (
+    *("Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD"),
+    *("NAdam", "RAdam", "RMSprop", "SGD"),
+)
+
+
+def _optimized(kind: str) -> tuple[Checkpointer, nn.Module, torch.optim.Optimizer]:
+    ckpt, model = Checkpointer(), _sharded(_network())
+    options = {"momentum": 0.9} if kind in ("SGD", "RMSprop") else {}
+    optimizer = getattr(torch.optim, kind)(model.parameters(), lr=0.1, **options)
+    model, optimizer = ckpt.prepare(model, optimizer)
+    return ckpt, model, optimizer
+
+
+def _with(kind: str, rank: int, directory: Path) -> None:
+    ckpt, model, optimizer = _optimized(kind)
+
+    def step(seed: int) -> None:
+        _backward(model, seed)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step(rank)
+    _saved(ckpt, directory)
+    step(10 + rank)
+    expected = _shards(model)
+    ckpt, model, optimizer = _optimized(kind)
+    assert ckpt.load_state(directory)
+    step(10 + rank)
+    wrong = [n for n, t in _shards(model).items() if not torch.equal(t, expected[n])]
+    assert not wrong, f"{kind}: {wrong}"
 
 
 def test_saves_at_any_moment(tmp_path: Path) -> None:

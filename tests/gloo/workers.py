@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing.connection
 import os
 import socket
 import traceback
@@ -35,8 +36,7 @@ def spawn(function: Callable[..., Any], world_size: int, *args: Any, kills: bool
     ]
     for process in processes:
         process.start()
-    for process in processes:
-        process.join()
+    _join(processes, kills=kills)
     found = []
     while not failures.empty():
         found.append(failures.get())
@@ -44,6 +44,18 @@ def spawn(function: Callable[..., Any], world_size: int, *args: Any, kills: bool
     if not kills:
         assert not found, "\n".join(found)
         assert codes == [0] * world_size, f"exit codes {codes}"
+
+
+def _join(processes: list[Any], *, kills: bool) -> None:
+    """Wait for all. One that failed leaves its peers waiting for it: these are ended."""
+    running = {process.sentinel: process for process in processes}
+    while running:
+        for sentinel in multiprocessing.connection.wait(list(running)):
+            process = running.pop(sentinel)
+            process.join()
+            if process.exitcode != 0 and not kills:
+                for other in running.values():
+                    other.kill()
 
 
 def _run(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from ray_accel_ckpt import Checkpointer, EverySteps, ProjectConfiguration
 from ray_accel_ckpt.state.part import Captured, SavedPart, SavedTensor
@@ -87,6 +87,30 @@ class Plain(Dataset[int]):
     def __getitem__(self, index: int) -> int:
         self.asked.append(index)
         return index
+
+
+class Stream(IterableDataset[int]):
+    """Counts what is read of it."""
+
+    def __init__(self, size: int = 22) -> None:
+        self.size = size
+        self.read = 0
+
+    def __iter__(self) -> Iterator[int]:
+        for i in range(self.size):
+            self.read += 1
+            yield i
+
+
+class ShuffledStream(IterableDataset[float]):
+    """Draws its order at the beginning, and noise at each sample."""
+
+    def __len__(self) -> int:
+        return 22
+
+    def __iter__(self) -> Iterator[float]:
+        order = torch.randperm(22).tolist()
+        return (i + random.random() + float(np.random.rand()) for i in order)
 
 
 def network() -> nn.Module:

@@ -61,8 +61,11 @@ def _assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 def test_one_file_holds_every_name_of_the_state_dict(tmp_path: Path) -> None:
     model = Tied()
     written = export_safetensors(_saved(model, tmp_path / "ckpt"), tmp_path / "out")
-    assert written == (str(tmp_path / "out" / "model.safetensors"),)
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["model.safetensors"]
+    names = ["model.safetensors", "model.safetensors.index.json"]
+    assert written == tuple(str(tmp_path / "out" / name) for name in names)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == names
+    index = json.loads(Path(written[1]).read_text())
+    assert set(index["weight_map"]) == set(model.state_dict())
     _assert_same(load_file(written[0]), model.state_dict())
     with safe_open(written[0], framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
@@ -72,7 +75,7 @@ def test_one_file_holds_every_name_of_the_state_dict(tmp_path: Path) -> None:
 def test_a_dtype_stays_what_it_is(tmp_path: Path, dtype: torch.dtype) -> None:
     state = {"a": torch.arange(12).reshape(3, 4).to(dtype), "empty": torch.empty(0, 3).to(dtype)}
     source = _save_part(tmp_path / "ckpt", part_of(state, name="model"))
-    (path,) = export_safetensors(source, tmp_path / "out")
+    path, _ = export_safetensors(source, tmp_path / "out")
     _assert_same(load_file(path), state)
 
 
@@ -99,14 +102,14 @@ def test_what_does_not_fit_one_file_goes_into_several(tmp_path: Path) -> None:
 def test_what_several_workers_wrote_comes_out_whole(tmp_path: Path) -> None:
     state = {"weight": torch.randn(10, 7), "bias": torch.randn(3)}
     source = _save_part(tmp_path / "ckpt", part_of(state, name="model"), world_size=3)
-    (path,) = export_safetensors(source, tmp_path / "out")
+    path, _ = export_safetensors(source, tmp_path / "out")
     _assert_same(load_file(path), state)
 
 
 def test_other_parts_are_exported_by_name(tmp_path: Path) -> None:
     state = {"shadow.weight": torch.randn(3, 3)}
     source = _save_part(tmp_path / "ckpt", part_of(state, name="average", scope=Scope.RANK_ZERO))
-    (path,) = export_safetensors(source, tmp_path / "out", part="average")
+    path, _ = export_safetensors(source, tmp_path / "out", part="average")
     _assert_same(load_file(path), state)
     with pytest.raises(errors.ConfigurationError, match="no part 'model'") as caught:
         export_safetensors(source, tmp_path / "more")
@@ -119,7 +122,7 @@ def test_what_is_no_tensor_is_left_out_and_named(
     state = {"weight": torch.randn(3), "norm._extra_state": {"scale": 2.0}}
     source = _save_part(tmp_path / "ckpt", part_of(state, name="model"))
     with caplog.at_level(logging.WARNING, "ray_accel_ckpt"):
-        (path,) = export_safetensors(source, tmp_path / "out")
+        path, _ = export_safetensors(source, tmp_path / "out")
     assert "norm._extra_state" in caplog.text
     _assert_same(load_file(path), {"weight": state["weight"]})
 
@@ -145,12 +148,12 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     source = _saved(Tied(), tmp_path / "ckpt")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.json").write_text("{}")
-    (path,) = export_safetensors(source, tmp_path / "out")
+    path, _ = export_safetensors(source, tmp_path / "out")
     before = Path(path).read_bytes()
     with pytest.raises(errors.CheckpointExistsError, match="weights lie there already"):
         export_safetensors(source, tmp_path / "out", max_shard_nbytes=100)
     assert Path(path).read_bytes() == before
-    assert len(list((tmp_path / "out").iterdir())) == 2
+    assert len(list((tmp_path / "out").iterdir())) == 3
 
 
 def test_damage_is_found_before_a_file_appears(tmp_path: Path) -> None:
@@ -195,7 +198,7 @@ def test_transformers_loads_what_was_exported(
     model = GPT2LMHeadModel(config).eval()
     source = _saved(model, tmp_path / "ckpt")
     written = export_safetensors(source, tmp_path / "out", max_shard_nbytes=limit)
-    assert (len(written) == 1) == (limit == 10**9)
+    assert (len(written) == 2) == (limit == 10**9)
     model.config.save_pretrained(tmp_path / "out")
     loaded = GPT2LMHeadModel.from_pretrained(tmp_path / "out").eval()
     _assert_same(loaded.state_dict(), model.state_dict())

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,6 @@ from torch.utils.data import (
     DataLoader,
     Dataset,
     DistributedSampler,
-    IterableDataset,
     RandomSampler,
     Sampler,
     WeightedRandomSampler,
@@ -22,55 +20,19 @@ from torch.utils.data import (
 )
 
 from ray_accel_ckpt import Checkpointer, errors
-from ray_accel_ckpt.state.loader import PreparedLoader
 from ray_accel_ckpt.state.part import Differences
 from ray_accel_ckpt.state.tree import unflatten
-from tests.pure.helpers import Noisy, Plain, as_saved, digest, seed_everything, streams
-
-Make = Callable[[], DataLoader[Any]]
-
-
-def prepared(
-    loader: DataLoader[Any], *, rank: int = 0, world_size: int = 1, seed: int = 3
-) -> PreparedLoader:
-    return PreparedLoader(
-        loader,
-        name="loader",
-        seed=seed,
-        rank=rank,
-        world_size=world_size,
-        device=torch.device("cpu"),
-    )
-
-
-def moved_on(loader: PreparedLoader, make: Make, **options: Any) -> PreparedLoader:
-    """What a new process makes of the position that `loader` is at."""
-    again = prepared(make(), **{"seed": 99, **options})
-    again.apply(unflatten(loader.capture().value, {}))
-    return again
-
-
-def passes(loader: PreparedLoader, count: int) -> list[list[str]]:
-    """Digests of all batches of so many passes."""
-    return [[digest(batch) for batch in loader] for _ in range(count)]
-
-
-def interrupted(make: Make, *, epoch: int, batches: int, then: int) -> list[list[str]]:
-    """As `passes`, by a process that dies in pass `epoch` after `batches`, and one after it."""
-    loader = prepared(make())
-    done = passes(loader, epoch)
-    seed_everything(1)
-    running = iter(loader)
-    part = [digest(batch) for batch in itertools.islice(running, batches)]
-    again = moved_on(loader, make)
-    seed_everything(2)
-    rest, *later = passes(again, then)
-    return [*done, part + rest, *later]
-
-
-def flat(loader: PreparedLoader) -> list[int]:
-    return [int(i) for batch in loader for i in batch]
-
+from tests.pure.helpers import (
+    Noisy,
+    Plain,
+    ShuffledStream,
+    Stream,
+    as_saved,
+    digest,
+    seed_everything,
+    streams,
+)
+from tests.pure.loaders import Make, flat, interrupted, moved_on, passes, prepared
 
 # --- any kind of loader, resumed anywhere ----------------------------------------------
 
@@ -306,6 +268,17 @@ def test_a_pass_abandoned_before_a_save_is_not_resumed() -> None:
     assert passes(moved_on(loader, LOADERS["shuffle"]), 1) == whole[1:]
 
 
+def test_an_iterator_dropped_for_the_next_one_does_not_end_its_pass() -> None:
+    """As in loops of so many steps an epoch: `batches = iter(loader)` again and again."""
+    whole = passes(prepared(LOADERS["shuffle"]()), 2)
+    loader = prepared(LOADERS["shuffle"]())
+    running = iter(loader)
+    next(running)
+    running = iter(loader)
+    next(running)
+    assert passes(moved_on(loader, LOADERS["shuffle"]), 1) == [whole[1][1:]]
+
+
 def test_a_pass_resumed_into_after_its_end_is_empty_once() -> None:
     """Another loader's pass of the same epoch was under way: the epoch is entered again."""
     make = LOADERS["shuffle"]
@@ -346,57 +319,6 @@ def test_another_number_of_samples_is_a_difference() -> None:
 def test_an_empty_dataset_has_no_batches() -> None:
     with pytest.raises(errors.ConfigurationError):
         prepared(DataLoader(Plain(0)))
-
-
-# --- iterable data ---------------------------------------------------------------------
-
-
-class Stream(IterableDataset[int]):
-    """Counts what is read of it."""
-
-    def __init__(self, size: int = 22) -> None:
-        self.size = size
-        self.read = 0
-
-    def __iter__(self) -> Iterator[int]:
-        for i in range(self.size):
-            self.read += 1
-            yield i
-
-
-class ShuffledStream(IterableDataset[float]):
-    """Draws its order at the beginning, and noise at each sample."""
-
-    def __len__(self) -> int:
-        return 22
-
-    def __iter__(self) -> Iterator[float]:
-        order = torch.randperm(22).tolist()
-        return (i + random.random() + float(np.random.rand()) for i in order)
-
-
-def test_iterable_data_is_read_again_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    loader = prepared(DataLoader(Stream(), batch_size=4))
-    running = iter(loader)
-    next(running)
-    next(running)
-    again = moved_on(loader, lambda: DataLoader(Stream(), batch_size=4))
-    assert flat(again) == list(range(8, 22))
-    assert "reading 2 batches again" in caplog.text
-
-
-def test_iterable_data_does_not_go_on_with_another_number_of_ranks() -> None:
-    saved = as_saved(prepared(DataLoader(Stream())).capture())
-    with pytest.raises(errors.ElasticDataError, match="2 workers"):
-        prepared(DataLoader(Stream()), world_size=2).compare(saved, Differences())
-
-
-def test_iterable_data_with_loader_workers() -> None:
-    def make() -> DataLoader[Any]:
-        return DataLoader(ShuffledStream(), batch_size=11, num_workers=1)
-
-    whole = passes(prepared(make()), 2)
-    assert interrupted(make, epoch=0, batches=1, then=2) == whole
 
 
 # --- skip_first_batches ----------------------------------------------------------------

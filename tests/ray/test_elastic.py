@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from ray_accel_ckpt import Checkpointer, EverySteps, run_config
-from ray_accel_ckpt.state.cursor import Shuffled
+from ray_accel_ckpt.state.orders import Shuffled
 
 SAMPLES, GLOBAL_BATCH, EPOCHS, EVERY = 203, 8, 2, 4
 STEPS = 26
@@ -65,13 +65,12 @@ def _loop(config: dict[str, Any]) -> None:
             optimizer.step()
             optimizer.zero_grad()
             ckpt.step()
-            indices = [int(i) for i in batch.flatten()]
+            # Of the last 3 samples of an epoch, one of 4 workers is handed a copy, as padding.
+            indices = [] if loader.padding else [int(i) for i in batch.flatten()]
             record = {"epoch": epoch, "step": ckpt.global_step, "indices": indices}
             print(json.dumps(record), file=seen, flush=True)
-            # The driver changes the cluster meanwhile; Ray kills this worker without a word.
-            while ckpt.global_step == SHRINK_AT and not (out / "shrunk").exists():
-                time.sleep(0.05)
-            while ckpt.global_step == GROW_AT and world_size == 2:
+            # Until killed, without a word: here the driver changes the cluster.
+            while ckpt.global_step == (SHRINK_AT, GROW_AT, 0)[min(int(life), 2)]:
                 time.sleep(0.05)
 
 
@@ -108,7 +107,8 @@ def _until(condition: Callable[[], bool], fit: threading.Thread) -> None:
         time.sleep(0.2)
 
 
-@pytest.mark.filterwarnings("ignore::ResourceWarning")
+# Ray's own handling of files and deprecated calls is not what is tested here.
+@pytest.mark.filterwarnings("ignore")
 def test_a_run_goes_on_with_the_nodes_there_are(cluster: Cluster, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
@@ -139,7 +139,6 @@ def test_a_run_goes_on_with_the_nodes_there_are(cluster: Cluster, tmp_path: Path
 
         _until(lambda: reached(SHRINK_AT, 4) and _saved(tmp_path, SHRINK_AT, 4), fit)
         cluster.remove_node(second, allow_graceful=False)
-        (out / "shrunk").touch()
         _until(lambda: reached(GROW_AT, 2) and _saved(tmp_path, GROW_AT, 2), fit)
         third = cluster.add_node(num_cpus=2, resources={"slot": 2})
         fit.join()

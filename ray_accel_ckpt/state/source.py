@@ -1,0 +1,78 @@
+"""Where a prepared loader's batches come from: by index, or out of a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ray_accel_ckpt.state.cursor import Cursor
+from ray_accel_ckpt.state.part import Differences
+from ray_accel_ckpt.state.tree import Json
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """One batch as it is handed out.
+
+    Attributes:
+        consumed: the position after it.
+        weight: what this rank's mean loss counts in the mean over ranks.
+        padding: a copy of what another worker has, which must not count.
+    """
+
+    batch: Any
+    consumed: int
+    weight: float = 1.0
+    padding: bool = False
+
+
+class Source(Protocol):
+    """What is behind one loader. The position in it is the loader's cursor."""
+
+    per_rank: bool
+    """Each rank has a position of its own."""
+
+    members: frozenset[str]
+    """What `state` may hold."""
+
+    @property
+    def units(self) -> int | None:
+        """Size of the epoch's order, if it is known."""
+        ...
+
+    def length(self, cursor: Cursor) -> int:
+        """Batches of a whole epoch."""
+        ...
+
+    def position(self, cursor: Cursor, num_batches: int) -> int:
+        """What is consumed after so many batches of the cursor's epoch."""
+        ...
+
+    def batches(self, cursor: Cursor) -> Iterator[Served]:
+        """Go through the cursor's pass from where it stands."""
+        ...
+
+    def state(self, position: Mapping[str, Any]) -> dict[str, Any]:
+        """What is saved beside `position`, which the cursor saves."""
+        ...
+
+    def compare(self, saved: Mapping[str, Json], differences: Differences) -> None:
+        """Add what keeps `saved`, a loader's encoded state, from being gone on with."""
+        ...
+
+    def understands(self, state: Mapping[str, Any]) -> bool:
+        """Whether what `state` holds beside the position is something this source writes."""
+        ...
+
+    def apply(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was saved; the cursor has its position already."""
+        ...
+
+    def dealt_anew(self, saved: Sequence[Json]) -> Json:
+        """What this rank goes on with after other ranks than now saved `saved`.
+
+        Raises:
+            ElasticDataError: the data cannot be dealt out to another number of workers.
+        """
+        ...
