@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
@@ -20,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ray_accel_ckpt import errors
 from ray_accel_ckpt.integrations.dcp import CheckpointReader, from_dcp
+from ray_accel_ckpt.integrations.export import export_safetensors
 from tests.gloo.matrix import build, made, mine, tensors_of
 from tests.gloo.workers import smaller_group, spawn
 from tests.helpers_image import flip
@@ -69,53 +72,57 @@ def _assert_holds(
 
 
 def _run(rank: int, world_size: int, directory: Path) -> None:
-    with smaller_group(rank, 3, directory / "ours") as member:
-        if member:
-            _save_ours(rank, directory)
-    for kind, size in TARGETS:
-        with smaller_group(rank, size, directory / f"{kind}-{size}") as member:
+    def case(name: str, size: int, function: Callable[..., None], *args: Any) -> None:
+        with smaller_group(rank, size, directory / name) as member:
             if member:
-                _load_through_dcp(kind, size, directory)
-    with smaller_group(rank, 2, directory / "dcp-saving") as member:
-        if member:
-            _save_with_dcp(rank, directory)
-    with smaller_group(rank, 3, directory / "converted") as member:
-        if member:
-            _load_converted(directory)
-    if rank == 0:
-        flip(directory / "checkpoint", "model/odd.weight")
-    dist.barrier()
-    _notice_damage(directory)
+                function(directory, *args)
+
+    case("ours", 3, _save_ours)
+    for kind, size in TARGETS:
+        case(f"{kind}-{size}", size, _load_through_dcp, kind, size)
+    case("exported", 1, _export)
+    case("theirs", 2, _save_with_dcp)
+    case("converted", 3, _load_converted)
+    case("damaged", 4, _notice_damage)
 
 
-def _save_ours(rank: int, directory: Path) -> None:
+def _save_ours(directory: Path) -> None:
+    rank = dist.get_rank()
     ckpt, model, optimizer = made("fsdp", 3, seed=1)
     _step(model, optimizer, rank)
     _step(model, optimizer, 10 + rank)
-    ckpt.save_state(directory / "checkpoint")
+    ckpt.save_state(directory / "saved")
     expected = _whole(model, optimizer)
     if rank == 0:
         torch.save(expected, directory / "reference")
 
 
-def _load_through_dcp(kind: str, world_size: int, directory: Path) -> None:
+def _load_through_dcp(directory: Path, kind: str, world_size: int) -> None:
     model, optimizer = _fresh(kind, world_size)
     state = _states(model, optimizer)
-    dcp.load(state, storage_reader=CheckpointReader(directory / "checkpoint"))
+    dcp.load(state, storage_reader=CheckpointReader(directory / "saved"))
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
     _assert_holds(model, optimizer, torch.load(directory / "reference"))
 
 
-def _save_with_dcp(rank: int, directory: Path) -> None:
+def _export(directory: Path) -> None:
+    path, _ = export_safetensors(directory / "saved", directory / "weights")
+    expected, found = torch.load(directory / "reference"), load_file(path)
+    assert found.keys() == {name for name in expected if ":" not in name}
+    assert all(torch.equal(t, expected[name]) for name, t in found.items())
+
+
+def _save_with_dcp(directory: Path) -> None:
+    rank = dist.get_rank()
     model, optimizer = _fresh("fsdp", 2)
     for group in optimizer.param_groups:
         group["lr"] = 0.01
     _step(model, optimizer, 20 + rank)
-    dcp.save(_states(model, optimizer), checkpoint_id=directory / "theirs")
+    dcp.save(_states(model, optimizer), checkpoint_id=directory / "dcp")
     expected = _whole(model, optimizer)
     if rank == 0:
         torch.save(expected, directory / "their-reference")
-        from_dcp(directory / "theirs", directory / "converted-checkpoint")
+        from_dcp(directory / "dcp", directory / "converted-checkpoint")
 
 
 def _load_converted(directory: Path) -> None:
@@ -127,10 +134,13 @@ def _load_converted(directory: Path) -> None:
 
 def _notice_damage(directory: Path) -> None:
     """Every process learns of it, also those that do not read the damaged shard."""
+    if dist.get_rank() == 0:
+        flip(directory / "saved", "model/odd.weight")
+    dist.barrier()
     model, _ = _fresh("fsdp", dist.get_world_size())
     state = {"model": get_model_state_dict(model)}
     with pytest.raises(CheckpointException, match=r"model/odd\.weight") as caught:
-        dcp.load(state, storage_reader=CheckpointReader(directory / "checkpoint"))
+        dcp.load(state, storage_reader=CheckpointReader(directory / "saved"))
     causes = [cause for cause, _ in caught.value.failures.values()]
     assert causes
     assert all(isinstance(cause, errors.CorruptCheckpointError) for cause in causes)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import numpy as np
@@ -13,6 +15,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.planner import LoadPlan
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -21,11 +25,12 @@ from torch.distributed.checkpoint.state_dict import (
 
 from ray_accel_ckpt import Checkpointer, errors, open_checkpoint
 from ray_accel_ckpt.image import image as images
+from ray_accel_ckpt.image.manifest import manifest_name
 from ray_accel_ckpt.integrations.dcp import CheckpointReader, from_dcp, to_dcp
 from ray_accel_ckpt.state.part import Captured, Scope
 from ray_accel_ckpt.storage.filesystem import LocalFilesystem
 from ray_accel_ckpt.storage.writer import write_image
-from tests.helpers_image import flip, image_of, part_of
+from tests.helpers_image import flip, forged, image_of, part_of
 
 # DCP tells everyone who loads in one process that it does so.
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
@@ -138,6 +143,50 @@ def test_both_names_of_a_tied_weight_are_there(tmp_path: Path) -> None:
     _load(state, source)
     for tensor in state["model"].values():
         assert torch.equal(tensor, Network(1).embed.weight)
+
+
+class Narrow(DefaultLoadPlanner):
+    """Asks for other rows of each name, as two shardings of a tied weight would."""
+
+    rows: ClassVar[dict[str, tuple[int, int]]] = {
+        "model.embed.weight": (8, 3),
+        "model.head.weight": (1, 2),
+    }
+
+    def create_local_plan(self) -> LoadPlan:
+        items = []
+        for item in super().create_local_plan().items:
+            first, count = self.rows[item.dest_index.fqn]
+            offsets, lengths = torch.Size((first, 0)), torch.Size((count, 6))
+            items.append(
+                replace(item, storage_offsets=offsets, dest_offsets=offsets, lengths=lengths)
+            )
+        return LoadPlan(items)
+
+
+def test_names_of_a_tied_weight_may_want_different_rows(tmp_path: Path) -> None:
+    with mock.patch.object(images, "BLOCK", 64):
+        source = _saved(tmp_path / "ckpt", Network(1))
+    state = {"model": {n: torch.zeros(11, 6) for n in ("embed.weight", "head.weight")}}
+    dcp.load(state, storage_reader=CheckpointReader(source), planner=Narrow(), no_dist=True)
+    for name, (first, count) in Narrow.rows.items():
+        expected = torch.zeros(11, 6)
+        expected[first : first + count] = Network(1).embed.weight[first : first + count]
+        assert torch.equal(state["model"][name.removeprefix("model.")], expected)
+
+
+def test_a_slice_without_bytes_hides_no_other(tmp_path: Path) -> None:
+    """Nothing here writes one beside others, but the format has it."""
+    source = _save_parts(tmp_path / "ckpt", part_of({"rows": torch.ones(2, 4)}), world_size=3)
+    manifests = [source / manifest_name(rank, 3) for rank in range(3)]
+    bodies = [json.loads(manifest.read_text())["body"] for manifest in manifests]
+    (idle,) = [rank for rank in range(3) if not bodies[rank]["slices"]]
+    (first,) = [i for body in bodies for i in body["slices"] if i["offsets"] == [0, 0]]
+    end = bodies[idle]["shard"]["nbytes"]
+    empty = {**first, "sizes": [2, 0], "blocks": [], "begin": end, "end": end}
+    manifests[idle].write_bytes(forged({**bodies[idle], "slices": [empty]}))
+    found = _load({"part": {"rows": torch.zeros(2, 4)}}, source)
+    assert torch.equal(found["part"]["rows"], torch.ones(2, 4))
 
 
 def test_each_optimizer_has_the_names_of_its_own_model(tmp_path: Path) -> None:
@@ -324,8 +373,6 @@ def test_values_of_one_name_are_refused(tmp_path: Path) -> None:
 
 def test_an_optimizer_of_another_shape_is_damage(tmp_path: Path) -> None:
     captured = part_of({"state": {}, "groups": [{"no": "params"}]}, name="optimizer")
-    from dataclasses import replace
-
     captured["optimizer"] = replace(captured["optimizer"], kind="optimizer")
     with pytest.raises(errors.CorruptCheckpointError, match="state of an optimizer"):
         CheckpointReader(_save_parts(tmp_path / "ckpt", captured))
@@ -431,6 +478,28 @@ def test_an_optimizer_without_state_is_converted(tmp_path: Path) -> None:
     assert ckpt.load_state(tmp_path / "ours", parts=("model", "optimizer"))
     assert torch.equal(other.weight, model.weight)
     assert optimizer.param_groups[0]["lr"] == 0.1
+
+
+def test_a_parameter_of_no_model_keeps_its_name(tmp_path: Path) -> None:
+    """One that only the optimizer knows, a learned temperature say: it is named by its place."""
+
+    def made(value: float) -> tuple[nn.Module, torch.optim.Optimizer, nn.Parameter]:
+        torch.manual_seed(0)
+        model, extra = nn.Linear(3, 2), nn.Parameter(torch.tensor([value]))
+        optimizer = torch.optim.SGD([*model.parameters(), extra], lr=0.1, momentum=0.9)
+        (model(torch.ones(3)).sum() * extra).sum().backward()
+        optimizer.step()
+        return model, optimizer, extra
+
+    model, optimizer, extra = made(3.0)
+    to_dcp(_saved(tmp_path / "1", model, optimizer), tmp_path / "2")
+    from_dcp(tmp_path / "2", tmp_path / "3")
+    other_model, other, parameter = made(4.0)
+    ckpt = Checkpointer()
+    ckpt.prepare(other_model, other)
+    assert ckpt.load_state(tmp_path / "3", parts=("model", "optimizer"))
+    assert _same(other.state[parameter], optimizer.state[extra])
+    assert _same(other.state_dict(), optimizer.state_dict())
 
 
 def test_states_are_found_where_they_are_said_to_be(tmp_path: Path) -> None:
