@@ -57,6 +57,12 @@ class Snapshot:
                     self.shared.setdefault(info.name, []).append(located)
         for name, pieces in self.shared.items():
             self._check_cover(name, pieces)
+            if any(name in own for own in self.own):
+                raise CorruptCheckpointError(
+                    f"tensor {name[:200]!r} is shared to one rank and its own to another",
+                    where=where,
+                    remedy="use another checkpoint",
+                )
 
     @property
     def step(self) -> int:
@@ -74,7 +80,7 @@ class Snapshot:
         """
         mine = self.manifests[rank].parts if rank < self.world_size else {}
         found = {n: p for n, p in self.manifests[0].parts.items() if not p.per_rank}
-        found |= {n: p for n, p in mine.items() if p.per_rank}
+        found |= {n: mine[n] for n in self.per_rank_parts() if n in mine and mine[n].per_rank}
         return {name: self._saved(name, part, rank) for name, part in found.items()}
 
     def per_rank_parts(self) -> frozenset[str]:
@@ -85,15 +91,25 @@ class Snapshot:
     def located(self, name: str, rank: int) -> list[Located]:
         """The slices that make up tensor `name` for `rank`.
 
-        A rank the checkpoint does not know takes rank 0's of what each rank has.
+        A rank the checkpoint does not know takes rank 0's of what each rank has, and
+        so does one that had none.
         """
-        own = self.own[rank if rank < self.world_size else 0]
-        return [own[name]] if name in own else self.shared.get(name, [])
+        for own in (self.own[rank if rank < self.world_size else 0], self.own[0]):
+            if name in own:
+                return [own[name]]
+        return self.shared.get(name, [])
 
     def _saved(self, name: str, part: PartInfo, rank: int) -> SavedPart:
         tensors = {}
         for ref in sorted(tensor_refs(part.value)):
             pieces = self.located(ref, rank)
+            if ref != name and not ref.startswith(f"{name}/"):
+                raise CorruptCheckpointError(
+                    f"part {name[:200]!r} speaks of a tensor of another part",
+                    where=self.where,
+                    why=ref[:200],
+                    remedy="use another checkpoint",
+                )
             if not pieces:
                 raise CorruptCheckpointError(
                     f"part {name[:200]!r} speaks of a tensor that no shard holds",

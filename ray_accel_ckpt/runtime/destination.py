@@ -7,12 +7,14 @@ its own shard, and reads just these. What a worker has for itself only it reads.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 
 import torch
+import xxhash
 
 from ray_accel_ckpt.image.pieces import Piece, dtype_of
-from ray_accel_ckpt.image.reader import Snapshot
+from ray_accel_ckpt.image.reader import Located, Snapshot
 from ray_accel_ckpt.state.box import Box, copy_overlap
 from ray_accel_ckpt.state.bundle import Plan
 from ray_accel_ckpt.state.part import Scope
@@ -73,8 +75,9 @@ class Wanted:
         common: dict[int, dict[str, Piece]] = {}
         own: dict[int, dict[str, Piece]] = {}
         for name in [name for _, saved in plan.parts for name in saved.tensors]:
-            for located in snapshot.located(name, rank):
-                alone = Scope(located.info.scope) is Scope.PER_RANK or tensors.is_sharded(name)
+            whole = tensors.is_sharded(name) or name in plan.replicated
+            for located in self._located(snapshot, name, rank, whole=whole):
+                alone = _is_own(located) or tensors.is_sharded(name)
                 piece = Piece.whole(located.info)
                 if tensors.is_sharded(name):
                     overlap = Piece.overlapping(located.info, tensors.box(name))
@@ -84,6 +87,28 @@ class Wanted:
                 (own if alone else common).setdefault(located.rank, {})[name] = piece
         self.common = _in_order(common)
         self.own = _in_order(own)
+
+    def digest(self) -> str:
+        """Of what is common: ranks that differed in it would wait for each other for ever."""
+        line = [
+            [stored, piece.info.name, piece.first, piece.stop]
+            for stored, pieces in self.common.items()
+            for piece in pieces
+        ]
+        return xxhash.xxh3_128_hexdigest(json.dumps(line).encode())
+
+    @staticmethod
+    def _located(snapshot: Snapshot, name: str, rank: int, *, whole: bool) -> list[Located]:
+        """Pieces of a tensor that, if `whole`, ranks hold together or as equal copies."""
+        found = snapshot.located(name, rank)
+        if whole and any(_is_own(each) for each in found):
+            # Saved for each rank: of several copies a tensor would be made that nobody had.
+            return snapshot.located(name, 0)
+        return found
+
+
+def _is_own(located: Located) -> bool:
+    return Scope(located.info.scope) is Scope.PER_RANK
 
 
 def _box_of(name: str, tensor: torch.Tensor) -> Box:

@@ -22,7 +22,7 @@ from ray_accel_ckpt.state.dealing import require_by_index
 from ray_accel_ckpt.state.loader import PreparedLoader
 from ray_accel_ckpt.state.model import ModelPart
 from ray_accel_ckpt.state.optimizer import OptimizerPart
-from ray_accel_ckpt.state.sharding import held, is_sharded
+from ray_accel_ckpt.state.sharding import held, is_sharded, reshard
 
 
 class AccumulationWindow:
@@ -164,7 +164,8 @@ def prepare_model(
         ConfigurationError: the model is sharded in a way that cannot be read.
         UnsupportedStateError: a parameter's shards are not boxes of a mesh over all ranks.
     """
-    refuse_unreadable_model(model)
+    refuse_unreadable_model(model, world_size=world_size)
+    reshard(model)
     if isinstance(model, DistributedDataParallel):
         return model
     sharded = {name: p for name, p in model.named_parameters() if is_sharded(p)}

@@ -7,6 +7,7 @@ says which part. Saved as if it were the whole, it would come back as nonsense.
 from __future__ import annotations
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from ray_accel_ckpt.errors import ConfigurationError
@@ -16,9 +17,18 @@ _ENGINES = ("deepspeed", "fairscale", "megatron", "colossalai")
 """Packages whose models and optimizers shard their state behind plain tensors."""
 
 
-def refuse_unreadable_model(model: nn.Module) -> None:
+def refuse_unreadable_model(model: nn.Module, *, world_size: int) -> None:
     """Raise `ConfigurationError` if any module shards parameters other than as `DTensor`s."""
     for name, module in model.named_modules():
+        if isinstance(module, DistributedDataParallel) and module.process_group.size() < world_size:
+            raise ConfigurationError(
+                "a model is data parallel over some of the workers only",
+                where=name or type(module).__qualname__,
+                why=f"its process group has {module.process_group.size()} of {world_size} ranks. "
+                "Over a tensor parallel plan it hides the shards: they look like whole parameters",
+                remedy="use fully_shard(model, mesh=mesh['dp']) on top of a tensor parallel plan; "
+                "plain models are wrapped by prepare()",
+            )
         kind = type(module)
         engine = _engine(kind)
         if engine or kind.__name__ == "FullyShardedDataParallel":

@@ -21,6 +21,7 @@ from ray_accel_ckpt import errors
 from ray_accel_ckpt.errors import (
     AccelCkptError,
     CheckpointError,
+    CorruptCheckpointError,
     FormatVersionError,
     NotACheckpointError,
     NoUsableCheckpointError,
@@ -117,6 +118,7 @@ class Restorer:
         rank = self.group.rank
         tensors = self._agreed(lambda: Destination(plan, snapshot, rank, self.device))
         wanted = Wanted(plan, snapshot, tensors, rank)
+        self._require_same(wanted, path)
         staged = self._agreed(lambda: self._read(snapshot, wanted))
         self._deal(wanted, staged, tensors, live=False)
         states = self._agreed(lambda: self._understood(plan, tensors))
@@ -165,13 +167,24 @@ class Restorer:
         except AccelCkptError as e:
             problem = e
         told = self.group.gather([type(problem).__name__, str(problem)] if problem else None)
-        if problem is not None:
-            raise problem
+        # The first rank's failure on all: what is done about it depends on its kind.
         for rank, failure in enumerate(told):
+            if failure is not None and rank == self.group.rank and problem is not None:
+                raise problem
             if failure is not None:
                 kind: type[AccelCkptError] = getattr(errors, failure[0])
-                raise kind(f"rank {rank} found: {failure[1]}")
+                raise kind(f"rank {rank} found: {failure[1]}") from problem
         return result  # type: ignore[return-value]
+
+    def _require_same(self, wanted: Wanted, path: str) -> None:
+        """What is broadcast must be the same on all ranks, whatever the manifests claim."""
+        if len(set(self.group.gather(wanted.digest()))) > 1:
+            raise CorruptCheckpointError(
+                "the ranks of a checkpoint do not say the same of what they share",
+                where=path,
+                why="they would wait for different tensors",
+                remedy="use another checkpoint",
+            )
 
     # --- reading -----------------------------------------------------------------------
 

@@ -30,11 +30,13 @@ class Plan:
         parts: what will be applied, in order, each with what the checkpoint holds of it.
         targets: live tensors that stored ones are copied into, by stored name.
         templates: sharded tensors that fresh ones are made like, by stored name.
+        replicated: stored names of what has to be the same on all ranks.
     """
 
     parts: tuple[tuple[Part, SavedPart], ...]
     targets: Mapping[str, torch.Tensor]
     templates: Mapping[str, torch.Tensor]
+    replicated: frozenset[str]
 
 
 class StateBundle:
@@ -65,7 +67,7 @@ class StateBundle:
         self.add(ModelPart(self._numbered("model"), model))
 
     def add_optimizer(self, optimizer: Optimizer) -> None:
-        self.add(OptimizerPart(self._numbered("optimizer"), optimizer, self._index))
+        self.add(OptimizerPart(self._numbered("optimizer"), optimizer, self._index, self._own))
 
     def add_object(self, name: str | None, obj: Any, *, kind: str, per_rank: bool = False) -> None:
         """Register under `name`, or under the object's class."""
@@ -185,10 +187,20 @@ class StateBundle:
         fitting = [(p, s) for p, s in chosen if p.kind == s.kind and (strict or _fits(p, s))]
         targets: dict[str, torch.Tensor] = {}
         templates: dict[str, torch.Tensor] = {}
+        replicated: set[str] = set()
         for part, stored in fitting:
             targets.update(part.targets(stored))
             templates.update(part.templates(stored))
-        return Plan(parts=tuple(fitting), targets=targets, templates=templates)
+            if isinstance(part, ModelPart):
+                replicated |= part.replicated()
+            elif isinstance(part, OptimizerPart):
+                replicated |= part.replicated(stored)
+        return Plan(
+            parts=tuple(fitting),
+            targets=targets,
+            templates=templates,
+            replicated=frozenset(replicated),
+        )
 
     # --- names -------------------------------------------------------------------------
 
@@ -203,6 +215,15 @@ class StateBundle:
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, p) for name, p in self._named_parameters() if p.requires_grad]
+
+    def _own(self) -> set[int]:
+        return {
+            id(parameter)
+            for part in self.of_type(ModelPart)
+            for own in [part.own_names()]
+            for name, parameter in part.named_parameters()
+            if name in own
+        }
 
     def _index(self) -> dict[int, str]:
         return {id(p): name for name, p in self._named_parameters()}

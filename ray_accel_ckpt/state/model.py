@@ -49,14 +49,12 @@ class ModelPart:
         parameters = {
             f"{self.name}/{n}" for n, _ in self.module.named_parameters(remove_duplicate=False)
         }
-        own = {f"{self.name}/{n}" for n in self._ignored_by_ddp()}
-        # Beside sharded ones: nobody says that plain parameters are equal on all ranks.
-        beside = any(map(is_sharded, flat.tensors.values()))
+        own = {f"{self.name}/{n}" for n in self.own_names()}
         scopes = {}
         for name, tensor in flat.tensors.items():
             if is_sharded(tensor):
                 scopes[name] = Scope.SHARDED
-            elif name in own or (beside and name in parameters):
+            elif name in own:
                 scopes[name] = Scope.PER_RANK
             elif name in parameters:
                 scopes[name] = Scope.REPLICATED
@@ -106,7 +104,8 @@ class ModelPart:
         return {}
 
     def check(self, state: Any) -> None:
-        require(isinstance(state, Mapping), self.name, "expected a state dict")
+        known = isinstance(state, Mapping) and all(type(name) is str for name in state)
+        require(known, self.name, "expected a state dict")
 
     def apply(self, state: Any) -> None:
         live = self.module.state_dict()
@@ -120,9 +119,25 @@ class ModelPart:
                 # Tied weights are stored once: the names beside the target are filled from it
                 # unless they are the very same memory.
                 target: Any = live.get(name)
-                fits = isinstance(target, torch.Tensor) and target.shape == saved.shape
+                both = isinstance(target, torch.Tensor) and isinstance(saved, torch.Tensor)
+                fits = both and target.shape == saved.shape
                 if fits and target.dtype == saved.dtype and same_view(target) != same_view(saved):
                     target.copy_(saved)
+
+    def own_names(self) -> set[str]:
+        """Parameters and buffers of which nobody says that they are equal on all ranks.
+
+        Those that DDP ignores, and plain parameters beside sharded ones.
+        """
+        parameters = list(self.module.named_parameters(remove_duplicate=False))
+        beside = any(is_sharded(p) for _, p in parameters)
+        plain = {n for n, p in parameters if beside and not is_sharded(p)}
+        return self._ignored_by_ddp() | plain
+
+    def replicated(self) -> set[str]:
+        """Stored names of what has to be the same on all ranks."""
+        scopes = self.capture().scopes
+        return {name for name, scope in scopes.items() if scope is Scope.REPLICATED}
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Those that an optimizer knows, also when a forward has gathered sharded ones."""
@@ -135,7 +150,8 @@ class ModelPart:
             raise UnsupportedStateError(
                 "cannot save gradients that FSDP has not summed over the workers yet",
                 where=self.name,
-                why="the backward ran under set_requires_gradient_sync(False)",
+                why="the backward ran under set_requires_gradient_sync(False), or under "
+                "set_requires_all_reduce(False)",
                 remedy="save after optimizer.step(), or leave the gradient sync on",
             )
 

@@ -8,7 +8,7 @@ one too high for ever. Here the positions are translated and nothing is run.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -33,17 +33,24 @@ _LIKE_PARAMETER = frozenset(
 )
 
 Index = Callable[[], Mapping[int, str]]
+Own = Callable[[], Collection[int]]
 
 
 class OptimizerPart:
-    """Saved as ``{"state": {parameter: {...}}, "groups": [{"params": [...], ...}]}``."""
+    """Saved as ``{"state": {parameter: {...}}, "groups": [{"params": [...], ...}]}``.
+
+    Args:
+        index: names of parameters by their `id`.
+        own: the `id`s of those that each rank has for itself: so is their state.
+    """
 
     kind = "optimizer"
 
-    def __init__(self, name: str, optimizer: Optimizer, index: Index) -> None:
+    def __init__(self, name: str, optimizer: Optimizer, index: Index, own: Own = frozenset) -> None:
         self.name = name
         self.optimizer = optimizer
         self._index = index
+        self._own = own
 
     def capture(self) -> Captured:
         names = self._names()
@@ -72,14 +79,14 @@ class OptimizerPart:
                 sharded like it nor a single number.
         """
         parameters = dict(zip(self._names(), self._parameters(), strict=True))
-        if not any(map(is_sharded, parameters.values())):
-            return {}
+        own = self._own()
         scopes = {}
         for name, parameter, ref in self._states(captured.value, parameters):
             tensor = captured.tensors[ref]
-            if not is_sharded(parameter):
-                # As the parameter itself: nobody says that it is equal on all ranks.
+            if id(parameter) in own:
                 scopes[ref] = Scope.PER_RANK
+            elif not is_sharded(parameter):
+                continue
             elif is_sharded(tensor) and tensor.shape == parameter.shape:
                 scopes[ref] = Scope.SHARDED
             elif is_sharded(tensor) or tensor.numel() != 1:
@@ -92,6 +99,13 @@ class OptimizerPart:
                     "AdamW has, or do not shard the model",
                 )
         return scopes
+
+    def replicated(self, saved: SavedPart) -> set[str]:
+        """Stored names of what has to be the same on all ranks."""
+        parameters = dict(zip(self._names(), self._parameters(), strict=True))
+        own = self._own()
+        states = self._states(saved.value, parameters)
+        return {ref for _, p, ref in states if id(p) not in own and not is_sharded(p)}
 
     def _states(
         self, value: Json, parameters: Mapping[str, torch.Tensor]
@@ -130,13 +144,18 @@ class OptimizerPart:
         return {
             ref: parameter
             for _, parameter, ref in self._states(saved.value, parameters)
-            if is_sharded(parameter) and saved.tensors[ref].shape == tuple(parameter.shape)
+            if is_sharded(parameter)
+            and saved.tensors[ref].shape == tuple(parameter.shape)
+            # The count of steps has the shape of a scalar parameter, and is no part of it.
+            and not ref.endswith("/step")
         }
 
     def check(self, state: Any) -> None:
         shapes = dict(zip(self._names(), (p.shape for p in self._parameters()), strict=True))
         known = isinstance(state, dict) and {"state", "groups"} <= set(state)
+        extra = state.get("extra", {}) if known else None
         sound = known and isinstance(state["state"], dict)
+        sound = sound and isinstance(extra, dict) and not {"state", "param_groups"} & set(extra)
         require(sound, self.name, "expected state and groups")
         for name, saved in state["state"].items():
             require(isinstance(saved, dict), self.name, f"the state of {name!r} is no dict")

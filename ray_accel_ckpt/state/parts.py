@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+import torch.distributed as dist
 
+from ray_accel_ckpt.errors import UnsupportedStateError
 from ray_accel_ckpt.state import rng
 from ray_accel_ckpt.state.part import (
     Captured,
@@ -61,13 +63,22 @@ class ObjectPart(_Plain):
         self._per_rank = per_rank
 
     def capture(self) -> Captured:
-        return captured_tree(
+        captured = captured_tree(
             self.object.state_dict(),
             name=self.name,
             kind=self.kind,
             scope=Scope.PER_RANK if self._per_rank else Scope.RANK_ZERO,
             per_rank=self._per_rank,
         )
+        sharded = [n for n, scope in captured.scopes.items() if scope is Scope.SHARDED]
+        if self._per_rank and sharded:
+            raise UnsupportedStateError(
+                "a sharded tensor is no worker's own",
+                where=sharded[0],
+                why=f"{self.name!r} is registered with per_rank=True",
+                remedy="register it without per_rank",
+            )
+        return captured
 
     def compare(self, saved: SavedPart, differences: Differences) -> None:
         """A registered module is compared like a model; of other objects only they know."""
@@ -87,7 +98,9 @@ class ObjectPart(_Plain):
 
     def templates(self, saved: SavedPart) -> Mapping[str, torch.Tensor]:
         """The object's own sharded tensors: an average of a sharded model's weights has such."""
-        live = self.capture().tensors if self._may_be_sharded(saved) else {}
+        # In a process without peers nothing is sharded, and `state_dict` may cost anything.
+        alone = not (dist.is_available() and dist.is_initialized())
+        live = {} if alone else self.capture().tensors
         return {
             name: tensor
             for name, tensor in live.items()
@@ -98,15 +111,6 @@ class ObjectPart(_Plain):
 
     def apply(self, state: Any) -> None:
         self.object.load_state_dict(state)
-
-    def _may_be_sharded(self, saved: SavedPart) -> bool:
-        """Whether to look: of an object that is no module, `state_dict` may cost anything."""
-        if any(spec.sharded for spec in saved.tensors.values()):
-            return True
-        module = self.object
-        return isinstance(module, torch.nn.Module) and any(
-            is_sharded(tensor) for tensor in module.state_dict().values()
-        )
 
 
 class GradientPart(_Plain):
@@ -135,9 +139,10 @@ class GradientPart(_Plain):
         }
 
     def check(self, state: Any) -> None:
-        shapes = {name: parameter.shape for name, parameter in self._named()}
+        known = {name: (p.shape, p.dtype) for name, p in self._named()}
         tensors = isinstance(state, dict) and all(
-            isinstance(g, torch.Tensor) and shapes.get(name, g.shape) == g.shape
+            isinstance(g, torch.Tensor)
+            and known.get(name, (g.shape, g.dtype)) == (g.shape, g.dtype)
             for name, g in state.items()
         )
         require(tensors, self.name, "expected a gradient of its shape for each parameter")

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
+import xxhash
 from torch import nn
 
 from ray_accel_ckpt.errors import UnsupportedStateError
@@ -107,19 +108,9 @@ def held(tensor: torch.Tensor, where: str) -> Held:
 
 
 def empty_like(template: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A fresh `DTensor` of the mesh, placements and shape of `template`, not filled."""
-    from torch.distributed.tensor import DTensor
-
-    like: Any = template
-    made: torch.Tensor = DTensor.from_local(
-        torch.empty_like(local(template), dtype=dtype),
-        like.device_mesh,
-        like.placements,
-        run_check=False,
-        shape=template.shape,
-        stride=template.stride(),
-    )
-    return made
+    """A fresh `DTensor` of the mesh, placements, shape and device of `template`, not filled."""
+    # Not DTensor.from_local: that moves what is offloaded to the host onto the mesh's device.
+    return torch.empty_like(template.detach(), dtype=dtype)
 
 
 def reshard(module: nn.Module) -> None:
@@ -135,12 +126,16 @@ def reshard(module: nn.Module) -> None:
 def has_unreduced_gradients(module: nn.Module) -> bool:
     """Whether FSDP2 keeps gradients that are not summed over the ranks yet.
 
-    So it is after a backward under `set_requires_gradient_sync(False)`.
+    So it is after a backward under `set_requires_gradient_sync(False)`, and with
+    HSDP under `set_requires_all_reduce(False)`.
     """
     for each in _fsdp_modules(module):
         state = each._get_fsdp_state()
         one = getattr(state, "_fsdp_param_group", None)
         for group in getattr(state, "_fsdp_param_groups", [one] if one else []):
+            # HSDP's sum over the shards that waits for the one over the copies.
+            if getattr(group, "_partial_reduce_output", None) is not None:
+                return True
             for parameter in group.fsdp_params:
                 gathered = getattr(parameter, "_unsharded_param", None)
                 if parameter.unsharded_accumulated_grad is not None:
@@ -164,7 +159,7 @@ def _range(length: int, cuts: tuple[_Cut, ...]) -> tuple[int, int]:
     for uneven and strided shards is the one that counts. A number of -1 says
     that what is left is not consecutive.
     """
-    left = torch.arange(length)
+    left = torch.arange(length, device="cpu")
     for placement, parts, index in cuts:
         line = left.reshape([-1 if d == placement.dim else 1 for d in range(placement.dim + 1)])
         shards, _ = placement._split_tensor(line, parts, with_padding=False, contiguous=False)
@@ -172,7 +167,7 @@ def _range(length: int, cuts: tuple[_Cut, ...]) -> tuple[int, int]:
     if len(left) == 0:
         return 0, 0
     first = int(left[0])
-    consecutive = torch.equal(left, torch.arange(first, first + len(left)))
+    consecutive = torch.equal(left, torch.arange(first, first + len(left), device="cpu"))
     return first, len(left) if consecutive else -1
 
 
@@ -206,8 +201,9 @@ def _peers(
 
 @functools.lru_cache(maxsize=256)
 def _text(mesh: Any) -> str:
-    """The whole mesh, and which dimensions of it: a part's own ranks differ from rank to rank."""
-    return f"{_root(mesh).mesh.tolist()} {mesh.mesh_dim_names} {tuple(mesh.shape)}"
+    """A digest of the whole mesh, and of which dimensions: a part's own ranks differ."""
+    whole = f"{_root(mesh).mesh.tolist()} {mesh.mesh_dim_names} {tuple(mesh.shape)}"
+    return xxhash.xxh3_128_hexdigest(whole.encode())
 
 
 def _root(mesh: Any) -> Any:
