@@ -95,6 +95,9 @@ def _situations(rank: int, world_size: int, directory: Path) -> None:
     _after_an_evaluation(rank, directory / "evaluated")
     _with_an_average(rank, directory / "average")
     _with_a_parameter_that_is_not_sharded(rank, directory / "ignored")
+    _copies_that_differ_become_one(rank, directory / "ignored")
+    _of_an_average_of_plain_weights(rank, directory / "plain-average")
+    _an_object_of_each_rank(directory / "own")
     for optimizer in ELEMENTWISE:
         _with(optimizer, rank, directory / optimizer)
 
@@ -215,6 +218,63 @@ def _with_a_parameter_that_is_not_sharded(rank: int, directory: Path) -> None:
     own = model[2].bias
     assert torch.equal(own, expected[0])
     assert torch.equal(optimizer.state[own]["exp_avg"], expected[1])
+
+
+def _copies_that_differ_become_one(rank: int, directory: Path) -> None:
+    """What each rank had for itself, loaded where it is one tensor: rank 0's, on all ranks."""
+    biases = open_checkpoint(directory)
+    first, second = (biases.state_dict("model", rank=r)["2.bias"] for r in range(2))
+    assert not torch.equal(first, second)
+    moments = biases.state_dict("optimizer")["state"]["model.2.bias"]["exp_avg"]
+    for fresh in (_sharded(_network()), _network()):
+        ckpt, model, optimizer = _made(fresh)
+        assert ckpt.load_state(directory, parts=("model", "optimizer"))
+        bias = getattr(model, "module", model)[2].bias
+        moment = optimizer.state[bias]["exp_avg"]
+        for live, saved in ((bias, first), (moment, moments)):
+            whole = live.full_tensor() if isinstance(live, DTensor) else live
+            assert torch.equal(whole, saved)
+
+
+def _of_an_average_of_plain_weights(rank: int, directory: Path) -> None:
+    """An object of no known kind, saved when the model was not sharded."""
+
+    class Average:
+        def __init__(self, model: nn.Module) -> None:
+            inner = getattr(model, "module", model)
+            self.shadow = {n: p.detach().clone() for n, p in inner.named_parameters()}
+
+        def state_dict(self) -> dict[str, Any]:
+            return dict(self.shadow)
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            for name, tensor in self.shadow.items():
+                tensor.copy_(state[name])
+
+    ckpt, model, _ = _made(_network())
+    average = Average(model)
+    for tensor in average.shadow.values():
+        tensor.mul_(3)
+    ckpt.register_for_checkpointing(average)
+    _saved(ckpt, directory)
+    ckpt, model, _ = _made(_sharded(_network()))
+    fresh = Average(model)
+    ckpt.register_for_checkpointing(fresh)
+    assert ckpt.load_state(directory)
+    for name, tensor in fresh.shadow.items():
+        assert torch.equal(tensor.full_tensor(), average.shadow[name])
+
+
+def _an_object_of_each_rank(directory: Path) -> None:
+    class Holder(nn.Module):
+        pass
+
+    ckpt, model, _ = _made(_sharded(_network()))
+    holder = Holder()
+    holder.weight = nn.Parameter(model[0].weight.detach().clone())
+    ckpt.register_for_checkpointing(holder, per_rank=True)
+    with pytest.raises(errors.UnsupportedStateError, match="no worker's own"):
+        ckpt.save_state(directory)
 
 
 # Rprop and Adafactor cannot step on a DTensor: torch's operations for it lack some of theirs.
@@ -390,6 +450,11 @@ def _refusals(rank: int, world_size: int, directory: Path) -> None:
         ckpt.prepare(zero)
     with pytest.raises(errors.ConfigurationError, match="deepspeed's own tools"):
         ckpt.prepare(_engine(nn.Linear(4, 4)))
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    over_some = nn.parallel.DistributedDataParallel(nn.Linear(4, 4), process_group=pairs[rank // 2])
+    with pytest.raises(errors.ConfigurationError, match="over some of the workers only"):
+        ckpt.prepare(nn.Sequential(over_some))
+    _hybrid_before_its_sum(directory)
     # A mesh of its own over half of the ranks: nothing says what the other half holds.
     halves = [dist.DeviceMesh("cpu", [0, 1]), dist.DeviceMesh("cpu", [2, 3])]
     with pytest.raises(errors.UnsupportedStateError, match="some of the workers only"):
@@ -402,6 +467,15 @@ def _refusals(rank: int, world_size: int, directory: Path) -> None:
     with pytest.raises(errors.UnsupportedStateError, match="not yet summed"):
         ckpt.prepare(summed)
     _odd_optimizer(mesh)
+
+
+def _hybrid_before_its_sum(directory: Path) -> None:
+    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    ckpt, model, _ = _made(fully_shard(_network(), mesh=mesh))
+    model.set_requires_all_reduce(False)
+    _backward(model, 0)
+    with pytest.raises(errors.UnsupportedStateError, match="not summed over the workers"):
+        ckpt.save_state(directory / "hybrid")
 
 
 def _engine(model: nn.Module) -> nn.Module:
