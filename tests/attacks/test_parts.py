@@ -190,3 +190,53 @@ def test_rows_without_bytes_are_not_dealt_out_one_by_one() -> None:
         blocks=[],
     )
     assert len(list(_chunks([Piece.whole(info)]))) <= 1
+
+
+@pytest.mark.parametrize("extra", [[], 7, {"state": {}}, {"param_groups": []}], ids=repr)
+def test_more_of_an_optimizer_than_it_has(memory: MemoryFilesystem, extra: Any) -> None:
+    def change(body: dict[str, Any]) -> None:
+        body["parts"]["optimizer"]["value"]["extra"] = extra
+
+    memory.files[MANIFEST] = edited(memory.files[MANIFEST], change)
+    _refused(memory)
+
+
+def test_a_model_with_a_key_that_is_no_text(memory: MemoryFilesystem) -> None:
+    def change(body: dict[str, Any]) -> None:
+        model = body["parts"]["model"]
+        pairs = [[name, value] for name, value in model["value"].items()]
+        model["value"] = {"!": "dict", "pairs": [*pairs, [5, 1]]}
+
+    memory.files[MANIFEST] = edited(memory.files[MANIFEST], change)
+    _refused(memory)
+
+
+def test_a_tensor_of_another_part(memory: MemoryFilesystem) -> None:
+    """Momentum that is the live weight would change with it."""
+
+    def change(body: dict[str, Any]) -> None:
+        state = body["parts"]["optimizer"]["value"]["state"]
+        state["model.weight"]["exp_avg"]["name"] = "model/weight"
+
+    memory.files[MANIFEST] = edited(memory.files[MANIFEST], change)
+    _refused(memory)
+
+
+@pytest.mark.parametrize("part", ["loader", "progress"])
+@pytest.mark.parametrize("value", [1 << 64, -(1 << 64), 1 << 20_000], ids=["2^64", "-2^64", "long"])
+def test_a_number_beyond_any_count(memory: MemoryFilesystem, part: str, value: int) -> None:
+    def change(body: dict[str, Any]) -> None:
+        for member in ("seed", "epoch"):
+            body["parts"][part]["value"][member] = {"!": "int", "hex": hex(value)}
+
+    memory.files[MANIFEST] = edited(memory.files[MANIFEST], change)
+    _refused(memory)
+
+
+def test_a_random_stream_with_numbers_that_overflow(memory: MemoryFilesystem) -> None:
+    def change(body: dict[str, Any]) -> None:
+        state = {"!": "tuple", "items": [-1] * 625}
+        body["parts"]["rng"]["value"]["python"] = {"!": "tuple", "items": [3, state, None]}
+
+    memory.files[MANIFEST] = edited(memory.files[MANIFEST], change)
+    _refused(memory)

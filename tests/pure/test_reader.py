@@ -172,6 +172,29 @@ def test_slices_of_another_shape_are_noticed() -> None:
         _ = shards.snapshot
 
 
+def test_a_tensor_that_is_shared_to_one_rank_and_its_own_to_another_is_noticed() -> None:
+    """The ranks would wait for each other's broadcasts for ever."""
+    shards = _small(2)
+    last = shards.manifests[1]
+    slices = [
+        info.model_copy(update={"scope": "per_rank", "name": "shared/moments"})
+        if info.name == "own/noise"
+        else info
+        for info in last.slices
+    ]
+    shards.manifests[1] = last.model_copy(update={"slices": slices})
+    with pytest.raises(CorruptCheckpointError, match="its own to another"):
+        _ = shards.snapshot
+
+
+def test_a_part_is_each_ranks_own_on_all_ranks_or_on_none() -> None:
+    shards = _small(2)
+    last = shards.manifests[1]
+    parts = {**last.parts, "shared": last.parts["own"]}
+    shards.manifests[1] = last.model_copy(update={"parts": parts})
+    assert shards.snapshot.parts(1)["shared"] == shards.snapshot.parts(0)["shared"]
+
+
 def test_manifests_of_two_saves_are_noticed() -> None:
     first, second = _small(2, 1), _small(2, 2)
     first.manifests[1] = second.manifests[1]
