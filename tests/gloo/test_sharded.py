@@ -15,7 +15,7 @@ import torch.distributed as dist
 from moto.server import ThreadedMotoServer
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from ray_accel_ckpt import Checkpointer, EverySteps, ProjectConfiguration, errors, open_checkpoint
 from ray_accel_ckpt.image import image as images
@@ -98,6 +98,8 @@ def _situations(rank: int, world_size: int, directory: Path) -> None:
     _copies_that_differ_become_one(rank, directory / "ignored")
     _of_an_average_of_plain_weights(rank, directory / "plain-average")
     _an_object_of_each_rank(directory / "own")
+    _a_scalar_parameter(rank, directory / "scalar")
+    _ranks_that_want_different_tensors(rank, directory / "ignored")
     for optimizer in ELEMENTWISE:
         _with(optimizer, rank, directory / optimizer)
 
@@ -154,6 +156,8 @@ def _after_an_evaluation(rank: int, directory: Path) -> None:
     than those the optimizer knows, which here is captured first."""
     ckpt, model = Checkpointer(), _sharded(_network())
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    with torch.no_grad():
+        model(torch.randn(3, 4))
     optimizer, model = ckpt.prepare(optimizer, model)
     _backward(model, rank)
     optimizer.step()
@@ -275,6 +279,36 @@ def _an_object_of_each_rank(directory: Path) -> None:
     ckpt.register_for_checkpointing(holder, per_rank=True)
     with pytest.raises(errors.UnsupportedStateError, match="no worker's own"):
         ckpt.save_state(directory)
+
+
+def _a_scalar_parameter(rank: int, directory: Path) -> None:
+    """A count of steps has its shape, and is still no sharded tensor."""
+    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+
+    def made() -> tuple[Checkpointer, nn.Module, torch.optim.Optimizer]:
+        model = nn.Module()
+        model.scale = nn.Parameter(distribute_tensor(torch.tensor(2.0), mesh, [Replicate()]))
+        return _made(model)
+
+    ckpt, model, optimizer = made()
+    model.scale.square().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    _saved(ckpt, directory)
+    ckpt, model, optimizer = made()
+    assert ckpt.load_state(directory)
+    state = optimizer.state[model.scale]
+    assert not isinstance(state["step"], DTensor)
+    assert isinstance(state["exp_avg"], DTensor)
+
+
+def _ranks_that_want_different_tensors(rank: int, directory: Path) -> None:
+    """A hook that takes the model out on one rank only: the other would wait for ever."""
+    ckpt, *_ = _made(_network())
+    if rank == 0:
+        ckpt.register_load_state_pre_hook(lambda models, _: models.clear())
+    with pytest.raises(errors.CorruptCheckpointError, match="do not say the same"):
+        ckpt.load_state(directory, parts=("model", "optimizer"))
 
 
 # Rprop and Adafactor cannot step on a DTensor: torch's operations for it lack some of theirs.

@@ -228,4 +228,6 @@ def test_units_that_cannot_be_joined_are_all_served(units: int, world_size: int)
         ]
         assert served == list(range(units))
         for step in zip(*steps, strict=True):
-            assert sum(weight for *_, weight in step) == pytest.approx(world_size, abs=0)
+            counted = sum(not padding for _, padding, _ in step)
+            expected = [0.0 if padding else world_size / counted for _, padding, _ in step]
+            assert [weight for *_, weight in step] == expected

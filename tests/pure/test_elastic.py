@@ -348,3 +348,12 @@ def test_going_on_twice_from_one_position_is_the_same() -> None:
         return DataLoader(Plain(), batch_size=4, shuffle=True)
 
     assert flat(moved_on(loader, make)) == flat(moved_on(loader, make))
+
+
+def test_a_global_batch_size_is_refused_for_a_loader_that_is_prepared() -> None:
+    """It would be passed over without a word."""
+    ckpt = Checkpointer()
+    loader = ckpt.prepare(DataLoader(Plain(8)))
+    for objects in ((loader,), (loader, DataLoader(Plain(8)))):
+        with pytest.raises(errors.ConfigurationError, match="cannot be kept for a PreparedLoader"):
+            ckpt.prepare(*objects, global_batch_size=4)

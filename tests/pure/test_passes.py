@@ -206,3 +206,23 @@ def test_the_epoch_of_a_checkpoint_is_the_one_a_resumed_run_begins_in(tmp_path: 
     loaders(ckpt)
     ckpt.load_state()
     assert list(ckpt.epochs(EPOCHS)) == [0, 1, 2]
+
+
+def test_an_iterator_held_over_epochs_keeps_no_epoch_open(tmp_path: Path) -> None:
+    """Drawn from now and then it never ends; the data of an epoch is gone through all the same."""
+    ckpt = checkpointer(tmp_path, every=10**9)
+    first, _, last = loaders(ckpt)
+    held = None
+    for epoch in ckpt.epochs(EPOCHS):
+        held = held or iter(last)
+        for _ in first:
+            ckpt.step()
+        if epoch == 0:
+            next(held)
+        else:
+            ckpt.save_state()
+            break
+    again = checkpointer(tmp_path, every=10**9)
+    first, *_ = loaders(again)
+    assert again.load_state()
+    assert [(epoch, len(list(first))) for epoch in again.epochs(EPOCHS)] == [(2, 4)]
