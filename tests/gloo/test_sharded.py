@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -94,7 +95,8 @@ def _situations(rank: int, world_size: int, directory: Path) -> None:
     _before_the_sum(rank, directory / "unreduced")
     _after_an_evaluation(rank, directory / "evaluated")
     _with_an_average(rank, directory / "average")
-    _with_a_parameter_that_is_not_sharded(rank, directory / "ignored")
+    _with_a_parameter_of_each_rank(rank, directory / "ignored", _beside_sharded_ones)
+    _with_a_parameter_of_each_rank(rank, directory / "ignored-by-ddp", _ignored_by_ddp)
     _copies_that_differ_become_one(rank, directory / "ignored")
     _of_an_average_of_plain_weights(rank, directory / "plain-average")
     _an_object_of_each_rank(directory / "own")
@@ -198,28 +200,34 @@ def _with_an_average(rank: int, directory: Path) -> None:
         assert torch.equal(tensor.to_local(), expected[name])
 
 
-def _with_a_parameter_that_is_not_sharded(rank: int, directory: Path) -> None:
+def _beside_sharded_ones(model: nn.Module) -> nn.Module:
+    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+    return fully_shard(model, mesh=mesh, ignored_params={model[2].bias})
+
+
+def _ignored_by_ddp(model: nn.Module) -> nn.Module:
+    ignore = nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+    ignore(model, ["2.bias"])
+    return model
+
+
+def _with_a_parameter_of_each_rank(
+    rank: int, directory: Path, distribute: Callable[[nn.Module], nn.Module]
+) -> None:
     """Nobody keeps its copies equal: each rank's is its own, and so is its optimizer state."""
-
-    def made() -> tuple[Checkpointer, nn.Module, torch.optim.Optimizer]:
-        model = _network()
-        mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
-        ignored = {model[2].bias}
-        return _made(fully_shard(model, mesh=mesh, ignored_params=ignored))
-
-    ckpt, model, optimizer = made()
+    ckpt, model, optimizer = _made(distribute(_network()))
     _backward(model, rank)
     optimizer.step()
     optimizer.zero_grad()
-    own = model[2].bias
+    own = getattr(model, "module", model)[2].bias
     others = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(others, own.detach())
     assert not torch.equal(*others)
     expected = own.detach().clone(), optimizer.state[own]["exp_avg"].clone()
     _saved(ckpt, directory)
-    ckpt, model, optimizer = made()
+    ckpt, model, optimizer = _made(distribute(_network()))
     assert ckpt.load_state(directory)
-    own = model[2].bias
+    own = getattr(model, "module", model)[2].bias
     assert torch.equal(own, expected[0])
     assert torch.equal(optimizer.state[own]["exp_avg"], expected[1])
 
