@@ -34,9 +34,6 @@ MAX_GAP = 5.0
 REGISTRATION = 4.0
 """Seconds that Ray takes to register what is durable on all ranks: two polls of its controller."""
 
-UNMEASURED = 30.0
-"""Seconds a save is taken to need before one was seen to end."""
-
 
 class Heartbeat:
     """Says whether to save now: the same on every rank.
@@ -130,13 +127,14 @@ class Heartbeat:
             self._closed = False
         late = False
         spare = math.inf
-        if 0 < left < math.inf and not self._closed:
+        if self._durable and 0 < left < math.inf and not self._closed:
             needed = self._needed()
             spare = left - needed
-            # Too near for another one after this, or the last moment to begin one.
-            self._closed = late = spare <= min(pace, MAX_GAP)
-            if new and self._durable and spare < needed:
-                self._closed = True
+            if new:
+                # Too near for another save after this one.
+                self._closed = spare < needed
+            else:
+                self._closed = late = spare <= min(pace, MAX_GAP)
         save = new or late or (by_clock and not self._closed)
         if save:
             wait = self._interval()
@@ -173,7 +171,7 @@ class Heartbeat:
 
     def _needed(self) -> float:
         """Seconds from the beginning of a save until it is registered, with some to spare."""
-        return 1.5 * max(self._durable, default=UNMEASURED) + REGISTRATION
+        return 1.5 * max(self._durable) + REGISTRATION
 
     def _left(self, notice: Notice | None) -> float:
         if notice is None or notice.deadline is None:

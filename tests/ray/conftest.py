@@ -21,6 +21,7 @@ def cluster() -> Iterator[Cluster]:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     # Ray registers a report per poll; the default of 2 s only makes the tests longer.
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.3"
+    os.environ["RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S"] = "0.3"
     import ray
 
     for attempt in range(TRIES):
