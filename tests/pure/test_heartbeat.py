@@ -140,3 +140,50 @@ def test_without_anybody_to_ask_there_is_no_beat() -> None:
     heartbeat = Heartbeat(None, EverySteps(3))
     assert [step for step in range(1, 10) if heartbeat.after_step(step)] == [3, 6, 9]
     assert not any(heartbeat.tick() for _ in range(100))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_save_by_the_clock_either(seed: int) -> None:
+    world = World(seed=seed, policy=EverySeconds(3), pace=0.5, upload=1.0)
+    world.drain(at=60, lead=60)
+    world.run(until=120)
+    assert not [save for save in world.saves if 120 - 0.8 * world.upload < save.begun < 120]
+
+
+def test_a_notice_too_short_for_two_saves_gets_one() -> None:
+    world = World(seed=7, policy=EverySeconds(60), pace=0.5, upload=10.0)
+    world.drain(at=150, lead=32)
+    world.run(until=182)
+    assert len([save for save in world.saves if save.begun > 150]) == 1
+
+
+def test_a_later_notice_opens_the_window_again() -> None:
+    world = World(seed=2, policy=None, pace=0.2, upload=0.5)
+    world.drain(at=30, lead=50)
+    world.notices.append((78.0, Notice(deadline=140.0, nodes=("b",), ranks=(0,))))
+    world.run(until=140)
+    begun = [save.begun for save in world.saves]
+    assert len(begun) == 4
+    assert begun[1] < 80 < begun[2] + _reaction(world)
+    assert 140 - begun[3] <= 1.5 * 1.25 * world.upload + REGISTRATION + _reaction(world)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_cheap_beat_comes_as_often_as_its_share_allows(seed: int) -> None:
+    world = World(seed=seed, policy=None, pace=0.01, cost=0.001)
+    world.run(until=60)
+    assert longest_gap(world.beats, 30) <= SLACK * world.cost / SHARE
+
+
+def test_a_pace_that_was_too_fast_is_not_believed_for_long() -> None:
+    world = World(seed=1, policy=None, pace=0.001)
+    world.run(until=0.03)
+    world.pace = 1.0
+    world.run(until=200)
+    assert longest_gap(world.beats, 0) <= 2 * 0.03 / 0.001
+
+
+def test_what_saves_take_is_no_part_of_the_pace() -> None:
+    world = World(seed=1, policy=EverySteps(1), pace=0.1, upload=0.1, blocked=1.0)
+    world.run(until=300)
+    assert len(world.beats) * world.cost <= SLACK * SHARE * world.step * world.pace
