@@ -181,7 +181,7 @@ def test_a_pace_that_was_too_fast_is_not_believed_for_long() -> None:
     assert world.step <= 3
     world.pace = 1.0
     world.run(until=100)
-    assert longest_gap(world.beats, 0) <= 10
+    assert longest_gap([*world.beats, world.now], 0) <= 10
 
 
 def test_what_saves_take_is_no_part_of_the_pace() -> None:

@@ -128,8 +128,8 @@ class Run:
         until(condition, self.fit.is_alive)
 
 
-def _untouched(directory: Path) -> str:
-    """The digest of a run whose nodes stay."""
+def _untouched(directory: Path) -> list[str]:
+    """The ranks' digests of a run whose nodes stay."""
     out = directory / "untouched"
     out.mkdir()
     (out / "limit").write_text(str(LAST + 1))
@@ -139,7 +139,11 @@ def _untouched(directory: Path) -> str:
         scaling_config=ScalingConfig(num_workers=2),
         run_config=run_config("untouched-run", directory),
     ).fit()
-    return (out / "ended-0").read_text()
+    return _ended(out)
+
+
+def _ended(out: Path) -> list[str]:
+    return [(out / f"ended-{rank}").read_text() for rank in range(2)]
 
 
 # Ray's own handling of files and deprecated calls is not what is tested here.
@@ -200,4 +204,4 @@ def test_announced_losses_cost_no_step(cluster: Cluster, tmp_path: Path) -> None
                 cluster.remove_node(node, allow_graceful=False)
         run.fit.join()
     assert run.results
-    assert [(run.out / f"ended-{rank}").read_text() for rank in range(2)] == [untouched] * 2
+    assert _ended(run.out) == untouched
