@@ -2,8 +2,8 @@
 
     python examples/digits_job.py --storage s3://bucket/runs --name digits
 
-The pair (storage, name) is the run. Started again with the same pair, after a lost worker, driver or
-cluster, it goes on where it was; once it is done, it only says so.
+The pair (storage, name) is the run. Started again with the same pair, after a lost worker, driver
+or cluster, it goes on where it was; once it is done, it only says so.
 """
 
 from __future__ import annotations

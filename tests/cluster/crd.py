@@ -16,7 +16,7 @@ import yaml
 
 def schema_of(definition: Path, version: str) -> dict[str, Any]:
     """The schema of one version; what is below `metadata` is the API server's own business."""
-    crd = yaml.load(definition.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    crd = yaml.load(definition.read_text(), Loader=yaml.CSafeLoader)
     (found,) = (v for v in crd["spec"]["versions"] if v["name"] == version)
     assert found["served"]
     schema: dict[str, Any] = found["schema"]["openAPIV3Schema"]

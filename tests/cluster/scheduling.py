@@ -39,7 +39,7 @@ ON_DEMAND = {
 
 
 def runs_on(pod: dict[str, Any], node: Node) -> bool:
-    """Whether the pod's required affinity fits the node, and it tolerates all of the node's taints."""
+    """Whether the pod's required affinity fits the node and it tolerates all of its taints."""
     terms = pod["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
     fits = any(
         all(_fits(expression, node.labels) for expression in term["matchExpressions"])

@@ -15,6 +15,9 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from tests.cluster.files import CLUSTER, LAUNCHER, ROOT, UNIT, executable, launcher
 
 SERVICE = UNIT.stem
+NOTICE = {"aws.yaml": 120, "gcp.yaml": 30}
+MARGIN = {"aws.yaml": 20, "gcp.yaml": 10}
+"""Seconds from the notice to the end of the machine, and of Ray's deadline before it."""
 LOGIND = CLUSTER / "vm" / "logind.conf"
 
 
@@ -79,13 +82,18 @@ def test_workers_watch_for_notices_and_the_head_does_not(name: str) -> None:
     assert f"{SERVICE}.service /etc/systemd/system/" in setup
     assert "daemon-reload" in setup
     assert "restart systemd-logind" in setup
-    ray, service = start[-2:]
+    # The watcher drains when it is stopped: whatever it drains then must not be the new Ray.
+    assert start[:2] == [f"sudo systemctl stop {SERVICE} || true", "ray stop"]
+    ray, service = start[2:]
     assert "ray start --address=$RAY_HEAD_IP:6379" in ray
     cloud = name.removesuffix(".yaml")
-    options = f'echo "WATCH_NODE_OPTIONS=--cloud {cloud} --address $RAY_HEAD_IP:6379"'
+    options = (
+        f'echo "WATCH_NODE_OPTIONS=--cloud {cloud} --address $RAY_HEAD_IP:6379 '
+        f'--margin {MARGIN[name]}"'
+    )
     assert service.startswith(f"{options} | sudo tee {settings()['EnvironmentFile'].lstrip('-')}")
     assert f"sudo systemctl enable {SERVICE}" in service
-    assert f"sudo systemctl restart {SERVICE}" in service
+    assert f"sudo systemctl start {SERVICE}" in service
     head = [*config["setup_commands"], *config["head_setup_commands"]]
     assert not any("watch-node" in c for c in [*head, *config["head_start_ray_commands"]])
 
@@ -95,7 +103,9 @@ def test_every_command_is_sound_shell(name: str) -> None:
     shellcheck = executable("shellcheck")
     if shellcheck is None:
         pytest.skip("no shellcheck here")
-    commands = [c for key, all_ in launcher(name).items() if key.endswith("_commands") for c in all_]
+    commands = [
+        c for key, all_ in launcher(name).items() if key.endswith("_commands") for c in all_
+    ]
     # Ray sets the first; pip, not the shell, is to see the tilde of the option.
     script = "\n".join(["#!/bin/bash", "export RAY_HEAD_IP=10.0.0.1", *commands, ""])
     # SC2016: PATH is to be expanded at login.
@@ -148,7 +158,7 @@ def test_the_unit_starts_the_watcher_again_and_lets_it_end() -> None:
     service = settings()
     assert service["Restart"] == "always"
     assert "StartLimitIntervalSec=0" in UNIT.read_text()
-    assert service["KillSignal"] == "SIGTERM"
+    assert (service["KillSignal"], service["KillMode"]) == ("SIGTERM", "control-group")
     assert int(service["TimeoutStopSec"]) > 120, "EC2's notice"
     assert service["User"] == launcher("aws.yaml")["auth"]["ssh_user"]
     assert service["User"] == launcher("gcp.yaml")["auth"]["ssh_user"]
@@ -170,12 +180,13 @@ def test_the_unit_runs_what_the_setup_installs_and_holds_up_a_shutdown() -> None
         assert "python3 -m venv /opt/ray-accel-ckpt" in "\n".join(launcher(name)["setup_commands"])
 
 
-def test_a_shutdown_is_held_up_for_less_than_gcp_gives() -> None:
+def test_a_shutdown_is_held_up_past_rays_deadline_and_for_less_than_gcp_gives() -> None:
     parser = configparser.ConfigParser()
     parser.read_string(LOGIND.read_text())
-    assert {section: dict(parser[section]) for section in parser.sections()} == {
-        "Login": {"inhibitdelaymaxsec": "22"}
-    }
+    assert parser.sections() == ["Login"]
+    assert list(parser["Login"]) == ["inhibitdelaymaxsec"]
+    held = int(parser["Login"]["InhibitDelayMaxSec"])
+    assert NOTICE["gcp.yaml"] - MARGIN["gcp.yaml"] < held < NOTICE["gcp.yaml"]
     for name in LAUNCHER:
         (command,) = (c for c in launcher(name)["worker_setup_commands"] if "logind.conf" in c)
         # Above Ubuntu's own, which is called unattended-upgrades-*.
