@@ -81,7 +81,16 @@ def watch_node(
         )
     settings = WatchSettings(poll=poll, margin=margin, grace=grace, drains=_DRAINS[on_rebalance])
     node = RayNode(address=None if address == "auto" else address, node_id=node_id)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_OneLine("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     watch = NodeWatch(source=source_of(cloud, metadata_url), node=node, settings=settings)
     signal.signal(signal.SIGTERM, lambda *_: watch.terminate())
     watch.run()
+
+
+class _OneLine(logging.Formatter):
+    """One line an event, for journals that are searched by line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return " ".join(super().format(record).split())

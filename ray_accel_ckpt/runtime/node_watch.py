@@ -100,7 +100,9 @@ class NodeWatch:
             DrainError: Ray did not accept until the end.
         """
         self._say_whom()
-        if self._poller is not None:
+        if self._poller is None:
+            logger.info("no metadata service is polled: waiting for SIGTERM")
+        else:
             self._poller.start()
         try:
             while (event := self._next_event()) is not _Signal.TERMINATE:

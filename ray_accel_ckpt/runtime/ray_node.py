@@ -54,7 +54,7 @@ class RayNode:
             )
         if not self.timeout > 0:
             raise ConfigurationError(
-                f"calls cannot take {self.timeout} s at most",
+                f"no call ends within {self.timeout} s",
                 where="timeout",
                 remedy="give seconds",
             )

@@ -8,6 +8,7 @@ Events are not acknowledged: Azure would begin at once, and the rest of the noti
 from __future__ import annotations
 
 import json
+import re
 from email.utils import parsedate_to_datetime
 from typing import Any
 
@@ -17,6 +18,7 @@ from ray_accel_ckpt.runtime.notices.notice import FirstSeen, Kind, Notice, most_
 
 HEADERS = {"Metadata": "true"}
 EVENTS = "/metadata/scheduledevents?api-version=2020-07-01"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 OWN_NAME = "/metadata/instance/compute/name?api-version=2021-02-01&format=text"
 
 # After each of these but the last, nothing that ran before runs on.
@@ -41,11 +43,11 @@ class AzureNotices:
 
     def present(self) -> bool:
         reply = self._metadata.get(OWN_NAME, HEADERS)
-        return reply.status == 200 and bool(reply.text.strip())
+        return reply.status == 200 and _NAME.fullmatch(reply.text.strip()) is not None
 
     def poll(self) -> Notice | None:
         if not self._own_name:
-            self._own_name = self._found(OWN_NAME).strip()
+            self._own_name = self._look_up_own_name()
         text = self._found(EVENTS)
         try:
             events = [each for each in json.loads(text)["Events"] if self._is_own(each)]
@@ -58,12 +60,21 @@ class AzureNotices:
                 why=f"{error!r} in {text[:200]!r}",
             ) from error
 
+    def _look_up_own_name(self) -> str:
+        """It is kept, so it had better be one: with a wrong name no event would ever be heard."""
+        name = self._found(OWN_NAME).strip()
+        if not _NAME.fullmatch(name):
+            raise MetadataError(
+                "the metadata service answered what is no name of a machine",
+                where=OWN_NAME,
+                why=repr(name[:200]),
+            )
+        return name
+
     def _is_own(self, event: dict[str, Any]) -> bool:
         # Names of Azure's resources do not differ by case alone.
-        own = self._own_name.casefold()
-        return event["EventType"] in KINDS and own in (
-            name.casefold() for name in event["Resources"]
-        )
+        affected = [name.casefold() for name in event["Resources"]]
+        return event["EventType"] in KINDS and self._own_name.casefold() in affected
 
     def _notice(self, event: dict[str, Any]) -> Notice:
         """An event that has started has no time any more: it is now."""

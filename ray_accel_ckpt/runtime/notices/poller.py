@@ -1,4 +1,4 @@
-"""A thread that polls, so that neither a slow metadata service nor a slow Ray holds up the other."""
+"""A thread that polls: neither a slow metadata service nor a slow Ray holds up the other."""
 
 from __future__ import annotations
 
