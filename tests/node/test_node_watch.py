@@ -19,6 +19,11 @@ QUICK = WatchSettings(poll=0.1, margin=7.0, grace=30.0)
 DEADLINE = 2_000_000_000.0
 
 
+@pytest.fixture(autouse=True)
+def _asked_soon_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray_accel_ckpt.runtime.node_watch.RETRY_SECONDS", 0.05)
+
+
 def source(service: FakeMetadata) -> NoticeSource:
     made = source_of(detect.Cloud(service.cloud), service.url)
     assert made is not None
@@ -82,10 +87,7 @@ def test_a_cancelled_notice_is_told_and_another_one_drains_again(
     assert node.drains[1][1] == DEADLINE + 43
 
 
-def test_ray_is_asked_until_it_answers(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr("ray_accel_ckpt.runtime.node_watch.RETRY_SECONDS", 0.05)
+def test_ray_is_asked_until_it_answers(caplog: pytest.LogCaptureFixture) -> None:
     node = RecordingNode(unreachable=True)
     with FakeMetadata("aws") as service, watching(source(service), node, QUICK):
         service.preempt(DEADLINE)
@@ -100,10 +102,9 @@ def test_ray_is_asked_until_it_answers(
 
 
 def test_a_notice_that_is_gone_before_ray_is_reached_drains_nothing(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level("INFO")
-    monkeypatch.setattr("ray_accel_ckpt.runtime.node_watch.RETRY_SECONDS", 0.05)
     node = RecordingNode(unreachable=True)
     with FakeMetadata("aws") as service, watching(source(service), node, QUICK):
         service.preempt(DEADLINE)
