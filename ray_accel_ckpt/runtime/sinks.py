@@ -98,6 +98,7 @@ class RaySink:
             metrics=plain,
             timeout=self._session.timeout,
             release=lambda: slots.release(slot),
+            after=self._session.sweep,
         )
 
 
