@@ -169,7 +169,7 @@ class Sweeper:
     """Sweeps a run beside its training. Rank 0's; one for each attempt.
 
     Args:
-        living: gives the attempts that may still save, this one among them.
+        living: the attempts that may still save, this one among them.
         resumed_from: the path of what this attempt began with.
         registered: the name of Ray's latest checkpoint when the attempt began.
     """
