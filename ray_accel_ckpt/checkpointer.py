@@ -368,6 +368,7 @@ class Checkpointer:
         if place is None:
             return False
         filesystem, path = place
+        registered = self._session.registered()
         slot = self._slots.acquire()
         try:
             restorer = Restorer(
@@ -378,15 +379,18 @@ class Checkpointer:
                 decide=lambda snapshot: self._plan(snapshot, only, strict),
             )
             restored = (
-                restorer.newest(path, registered=self._session.has_registered())
+                restorer.newest(path, registered=registered is not None)
                 if input_dir is None
                 else restorer.exactly(path)
             )
         finally:
             self._slots.release(slot)
+        if input_dir is None:
+            resumed_from = None if restored is None else restored.path
+            self._session.begin_sweeping(resumed_from=resumed_from, registered=registered)
         if restored is None:
             return False
-        self._after_load(restored, complete=only is None)
+        self._after_load(restored, complete=only is None, registered=registered)
         return True
 
     def flush(self) -> None:
@@ -463,7 +467,7 @@ class Checkpointer:
             saved, skip = saved | streams, skip - streams.keys()
         return self._bundle.plan(saved, only=only, skip=skip, strict=strict, where=snapshot.where)
 
-    def _after_load(self, restored: Restored, *, complete: bool) -> None:
+    def _after_load(self, restored: Restored, *, complete: bool, registered: str | None) -> None:
         rank, stored = self._session.group.rank, restored.snapshot.world_size
         if not complete:
             return
@@ -482,5 +486,10 @@ class Checkpointer:
             session = self._session
             rng.seed_all(rng.derived_seed(session.seed, rank, session.attempt))
         self.resumed_from = restored.path
-        self._saved_at = (self._global_step, self._epoch)
+        name = restored.path.rpartition("/")[2]
+        if self._session.run is None or name == registered:
+            self._saved_at = (self._global_step, self._epoch)
+        else:
+            # Not Ray's latest, so not the run's result either: the end must be saved all the same.
+            self._saved_at = None
         logger.info("resumed from %s at step %d", restored.path, self._global_step)

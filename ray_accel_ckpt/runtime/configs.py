@@ -74,7 +74,12 @@ def run_config(
         raise ConfigurationError("give checkpoint_config or num_to_keep, not both")
     filesystem, path = resolve(storage_path, storage_filesystem)
     _probe(filesystem, f"{path}/{name}")
-    heal_run(storage_path, name, storage_filesystem=storage_filesystem)
+    heal_run(
+        storage_path,
+        name,
+        storage_filesystem=storage_filesystem,
+        checkpoint_config=checkpoint_config,
+    )
     local = isinstance(filesystem, LocalFilesystem) and storage_filesystem is None
     return ray.train.RunConfig(
         name=name,

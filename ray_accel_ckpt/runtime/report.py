@@ -38,7 +38,7 @@ def report(
 
     Args:
         release: called when the image's memory is free again, on success or not.
-        durable: called once this rank's share is durable.
+        durable: called once this rank's share is durable. Must not block or raise.
     """
     import ray.train
 

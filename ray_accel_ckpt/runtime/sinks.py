@@ -97,6 +97,11 @@ class RaySink:
         image, slot = freeze(
             captured, slots, self._session, save_id=self._save_id, step=step, epoch=epoch
         )
+
+        def after() -> None:
+            durable()
+            self._session.sweep()
+
         report(
             self._run,
             image,
@@ -104,7 +109,7 @@ class RaySink:
             metrics=plain,
             timeout=self._session.timeout,
             release=lambda: slots.release(slot),
-            durable=durable,
+            durable=after,
         )
 
 

@@ -38,6 +38,16 @@ def cluster() -> Iterator[Cluster]:
     _end(started)
 
 
+@pytest.fixture(scope="session")
+def untouched(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """What each rank of a run ends with that nothing ever happened to."""
+    from tests.ray.runs import digests, fit
+
+    directory = tmp_path_factory.mktemp("untouched")
+    fit(directory, "run")
+    return digests(directory, "run")
+
+
 def _end(cluster: Cluster) -> None:
     import ray
 
