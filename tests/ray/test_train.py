@@ -19,7 +19,7 @@ from torch import nn
 
 from ray_accel_ckpt import Checkpointer, EverySteps, errors, heal_run, open_checkpoint, run_config
 from tests.ray.faults import POINTS
-from tests.ray.runs import digests, fit, loop, records
+from tests.ray.runs import EVERY, digests, fit, loop, records
 
 pytestmark = [
     pytest.mark.usefixtures("cluster"),
@@ -28,25 +28,23 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize(("point", "rank"), [(p, i % 2) for i, p in enumerate(POINTS)])
-def test_a_killed_worker_changes_no_bit(
-    tmp_path: Path, untouched: list[str], point: str, rank: int
-) -> None:
-    marker = tmp_path / "killed"
-    fault = {"point": point, "rank": rank, "after": 10, "marker": str(marker)}
-    result = fit(tmp_path, "run", faults=[fault])
-    assert marker.exists(), "the worker was not killed"
+def test_a_killed_worker_changes_no_bit(tmp_path: Path, untouched: list[str]) -> None:
+    """Killed in its first save, so that it starts anew, and then at each point of a life."""
+    deaths = [
+        (point, number % 2, 4 * number + 1)
+        for number, point in enumerate(["after the shard, before the manifest", *POINTS])
+    ]
+    assert deaths[0][2] < EVERY
+    faults = [
+        {"point": point, "rank": rank, "after": after, "marker": str(tmp_path / f"killed-{after}")}
+        for point, rank, after in deaths
+    ]
+    result = fit(tmp_path, "run", faults=faults)
+    survived = [fault for fault in faults if not Path(fault["marker"]).exists()]
+    assert not survived
     assert digests(tmp_path, "run") == untouched
     assert records(tmp_path, "run")[0]["resumed_from"] is not None
     open_checkpoint(result.checkpoint).verify()
-
-
-def test_killed_in_its_first_save_a_run_starts_anew(tmp_path: Path, untouched: list[str]) -> None:
-    marker = tmp_path / "killed"
-    point = "after the shard, before the manifest"
-    fit(tmp_path, "run", faults=[{"point": point, "rank": 1, "after": 0, "marker": str(marker)}])
-    assert marker.exists(), "the worker was not killed"
-    assert digests(tmp_path, "run") == untouched
 
 
 @pytest.fixture
@@ -207,6 +205,9 @@ def test_run_config_passes_through_and_checks(tmp_path: Path) -> None:
         run_config("", tmp_path)
     with pytest.raises(errors.ConfigurationError, match="not both"):
         run_config("a", tmp_path, failure_config=own, max_failures=2)
+    relaxed = ray.train.FailureConfig(max_failures=3, relax_collectives_on_preemption=True)
+    with pytest.raises(errors.ConfigurationError, match="relax_collectives_on_preemption"):
+        run_config("a", tmp_path, failure_config=relaxed)
     (tmp_path / "file").write_text("")
     with pytest.raises(errors.StorageError, match="could not write to the storage"):
         run_config("a", tmp_path / "file")
