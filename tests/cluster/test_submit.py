@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -141,7 +142,11 @@ def test_a_signal_stops_the_job_and_ends_the_script(
         os.killpg(started.pid, sent)
     else:
         started.send_signal(sent)
-    _, said = started.communicate(timeout=120)
+    try:
+        _, said = started.communicate(timeout=60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(started.pid, signal.SIGKILL)
     assert started.returncode == status, said
     assert [call[-1] for call in cluster.calls("stop")] == ["digits-1"]
     assert cluster.submitted() == ["digits-1"]
