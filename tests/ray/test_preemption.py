@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -18,10 +20,12 @@ from ray.train import ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from ray_accel_ckpt import Checkpointer, EverySteps, run_config
+from ray_accel_ckpt.runtime.fake_metadata import FakeMetadata
 from ray_accel_ckpt.storage.filesystem import LocalFilesystem
 from tests.ray.drains import drain, registered_steps, until
 from tests.training import train
 
+ROOT = Path(__file__).parents[2]
 EPOCHS, EVERY, LAST = 7, 25, 84
 
 
@@ -128,6 +132,20 @@ class Run:
         until(condition, self.fit.is_alive)
 
 
+@contextlib.contextmanager
+def _watched(run: Run, node_id: str) -> Iterator[FakeMetadata]:
+    """`ray-accel-ckpt watch-node` at its work, and the cloud that it asks."""
+    with FakeMetadata("aws") as cloud:
+        options = ["--address", run.cluster.address, "--node-id", node_id]
+        command = [sys.executable, "-m", "ray_accel_ckpt.cli", "watch-node", *options]
+        daemon = subprocess.Popen([*command, "--metadata-url", cloud.url], cwd=ROOT)
+        try:
+            yield cloud
+        finally:
+            daemon.kill()
+            daemon.wait()
+
+
 def _untouched(directory: Path) -> list[str]:
     """The ranks' digests of a run whose nodes stay."""
     out = directory / "untouched"
@@ -155,11 +173,12 @@ def test_announced_losses_cost_no_step(cluster: Cluster, tmp_path: Path) -> None
     run.add_node()
     run.fit.start()
     try:
-        # A node that dies long before its deadline.
+        # From a cloud's notice to the end: a node that dies long before its deadline.
         assert run.resumed(0) == 0
         run.reach(17)
-        run.drain(run.node(0, 1), seconds=300)
-        run.registered(17)
+        with _watched(run, run.node(0, 1)) as cloud:
+            cloud.preempt(time.time() + 300)
+            run.registered(17)
         run.add_node()
         run.remove_node(run.node(0, 1))
 
