@@ -177,11 +177,11 @@ class FakeMetadata:
         if isinstance(fault, int):
             answer = Answer(status=fault)
         elif fault is not None:
-            answer = Answer(status=200, body='<html>"{' * 8)
+            answer = Answer(status=200, body='<html>"{' * 75)
         else:
             answer = self._answer(method, path, handler)
         self.requests.append(Request(method=method, path=path, status=answer.status))
-        self._send(handler, answer, pause=1.0 if fault is Fault.DRIBBLING else 0.0)
+        self._send(handler, answer, pause=0.1 if fault is Fault.DRIBBLING else 0.0)
 
     def _send(self, handler: BaseHTTPRequestHandler, answer: Answer, *, pause: float) -> None:
         body = answer.body.encode()

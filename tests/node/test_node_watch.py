@@ -39,7 +39,9 @@ def several_more_polls(service: FakeMetadata) -> None:
     until(lambda: polls(service) >= before + 4)
 
 
-def test_a_notice_drains_once_with_its_deadline_less_the_margin() -> None:
+def test_a_notice_drains_once_with_its_deadline_less_the_margin(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     node = RecordingNode()
     with FakeMetadata("aws") as service, watching(source(service), node, QUICK):
         several_more_polls(service)
@@ -48,6 +50,7 @@ def test_a_notice_drains_once_with_its_deadline_less_the_margin() -> None:
         until(lambda: node.drains)
         several_more_polls(service)
         assert node.drains == [("AWS spot interruption: terminate", DEADLINE - 7)]
+        assert caplog.text.count(Kind.TAKEN.value) == 1, "one line a notice"
 
 
 def test_no_deadline_lies_in_the_past() -> None:

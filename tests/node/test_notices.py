@@ -104,15 +104,18 @@ def test_nobody_there_is_said() -> None:
 
 
 @pytest.mark.parametrize("cloud", CLOUDS)
-@pytest.mark.parametrize("fault", [*Fault, 429, 500, 503], ids=str)
+@pytest.mark.parametrize(
+    "fault", [Fault.SLOW, Fault.GARBAGE, Fault.BREAKING, 429, 500, 503], ids=str
+)
 def test_a_fault_is_an_error_in_bounded_time_and_passes(
     cloud: Cloud, fault: Fault | int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(metadata, "READ_TIMEOUT", 0.3)
+    unanswered = fault in (Fault.SLOW, Fault.BREAKING)
     with FakeMetadata(cloud) as service:
         notices = source(service)
         service.break_with(fault)
-        with pytest.raises(MetadataError):
+        with pytest.raises(MetadataError, match="does not answer" if unanswered else None):
             notices.poll()
         service.mend()
         assert notices.poll() is None
@@ -121,6 +124,12 @@ def test_a_fault_is_an_error_in_bounded_time_and_passes(
         service.break_with(fault)
         with pytest.raises(MetadataError):
             notices.poll()
+
+
+def test_a_body_that_comes_byte_by_byte_is_not_waited_for(gcp: FakeMetadata) -> None:
+    gcp.break_with(Fault.DRIBBLING)
+    with pytest.raises(MetadataError, match="was not whole"):
+        source(gcp).poll()
 
 
 @given(text=st.text(alphabet=st.characters(codec="utf-8")) | st.just("[" * 100_000))
