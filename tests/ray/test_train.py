@@ -47,6 +47,19 @@ def test_a_killed_worker_changes_no_bit(tmp_path: Path, untouched: list[str]) ->
     open_checkpoint(result.checkpoint).verify()
 
 
+def test_killed_in_its_last_save_a_run_has_its_end_as_result(tmp_path: Path) -> None:
+    marker = tmp_path / "killed"
+    point = "after the manifest, before Ray registers"
+    fault = {"point": point, "rank": 0, "after": 23, "marker": str(marker)}
+    result = fit(tmp_path, "run", workers=1, epochs=1, faults=[fault])
+    assert marker.exists(), "the worker was not killed"
+    resumed_from = records(tmp_path, "run", workers=1)[0]["resumed_from"]
+    assert open_checkpoint(resumed_from).step == 24
+    saved = open_checkpoint(result.checkpoint)
+    assert (saved.step, saved.epoch) == (24, 1)
+    assert saved.path != resumed_from, "it was registered: nothing is shown"
+
+
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[pyarrow.fs.S3FileSystem]:
     """An S3 server over HTTP that the workers reach as they would reach a real one."""
