@@ -30,7 +30,7 @@ lint: $(STAMP)
 	$(VENV)/bin/lint-imports
 
 pure: $(STAMP)
-	$(RUN) -m pytest -q tests/pure tests/attacks tests/storage
+	$(RUN) -m pytest -q tests/pure tests/attacks tests/storage tests/cluster tests/node
 
 gloo: $(STAMP)
 	$(RUN) -m pytest -q tests/gloo

@@ -2,7 +2,7 @@
 
 from ray_accel_ckpt import errors
 from ray_accel_ckpt.checkpointer import Checkpointer
-from ray_accel_ckpt.policy import EverySteps
+from ray_accel_ckpt.policy import EverySeconds, EverySteps, MaxOverhead
 from ray_accel_ckpt.project import ProjectConfiguration
 from ray_accel_ckpt.runtime.configs import run_config
 from ray_accel_ckpt.runtime.heal import heal_run
@@ -11,7 +11,9 @@ from ray_accel_ckpt.version import __version__
 
 __all__ = [
     "Checkpointer",
+    "EverySeconds",
     "EverySteps",
+    "MaxOverhead",
     "ProjectConfiguration",
     "__version__",
     "errors",

@@ -14,9 +14,12 @@ from torch.utils.hooks import RemovableHandle
 from ray_accel_ckpt.errors import ConfigurationError
 from ray_accel_ckpt.image.reader import Snapshot
 from ray_accel_ckpt.image.staging import SlotPool
-from ray_accel_ckpt.policy import SavePolicy
+from ray_accel_ckpt.policy import SavePolicy, TimePolicy, require_policy
 from ray_accel_ckpt.project import ProjectConfiguration
 from ray_accel_ckpt.runtime.elastic import dealt_anew, gradients_left_out
+from ray_accel_ckpt.runtime.exchange import Exchange, GroupExchange, RayExchange
+from ray_accel_ckpt.runtime.heartbeat import Heartbeat
+from ray_accel_ckpt.runtime.lives import Lives
 from ray_accel_ckpt.runtime.prepare import Preparer
 from ray_accel_ckpt.runtime.report import Metrics
 from ray_accel_ckpt.runtime.restore import Restored, Restorer
@@ -42,7 +45,9 @@ class Checkpointer:
     `torchrun`. Every rank makes one and calls its methods in the same order.
 
     Args:
-        save: when `step` saves, e.g. ``EverySteps(50)``. None: only `save_state` does.
+        save: when `step` saves: ``EverySteps(50)``, ``EverySeconds(600)``,
+            ``MaxOverhead(0.01)``. None: only `save_state` does, and a notice of
+            preemption.
         project_config: where checkpoints go without Ray (Accelerate's
             `ProjectConfiguration`). In a Ray Train run they go to the run's own
             storage, and this must be left out.
@@ -72,10 +77,8 @@ class Checkpointer:
         storage_timeout: float = 600.0,
         ddp_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        if save is not None and not callable(getattr(save, "due", None)):
-            raise ConfigurationError(
-                f"save= takes a policy, not {save!r}", remedy="pass EverySteps(50), say"
-            )
+        if save is not None:
+            require_policy(save)
         if not storage_timeout > 0:
             raise ConfigurationError(
                 f"storage_timeout must be positive seconds, not {storage_timeout!r}"
@@ -87,6 +90,8 @@ class Checkpointer:
         self._session = Session(
             project=project_config, seed=seed, timeout=storage_timeout, saves=save is not None
         )
+        self._lives = Lives()
+        self._heartbeat = Heartbeat(self._exchange(), save, mtbf=self._lives.mtbf)
         self._global_step = 0
         self._epoch = 0
         self._in_epochs = False
@@ -260,10 +265,11 @@ class Checkpointer:
         scaled.backward(**kwargs)  # type: ignore[no-untyped-call]
 
     def step(self, metrics: Metrics = None) -> None:
-        """Count a step; save if one is due.
+        """Count a step; save if one is due, or if a node of this group is going to be taken away.
 
-        A save blocks for copying this rank's share, plus waiting for a slot if
-        all are still being written; the rest happens in the background.
+        Every rank must call it, equally often: every few steps it is collective
+        (`heartbeat`). A save blocks for copying this rank's share, plus waiting
+        for a slot if all are still being written; the rest happens in the background.
 
         Args:
             metrics: a dict, or a function that returns one and is called only
@@ -276,8 +282,23 @@ class Checkpointer:
         """
         self._global_step += 1
         self._last_metrics = metrics
-        if self._policy is not None and self._policy.due(global_step=self._global_step):
+        if self._heartbeat.after_step(self._global_step):
             self._save(self._sink(), metrics)
+
+    def heartbeat(self) -> None:
+        """Ask for notices of preemption where no steps are counted: in a long evaluation.
+
+        To be called once a batch, say, and by every rank equally often: some of
+        the calls are collective. In a Ray Train run, calls are made a few times a
+        second at most so that they cost less than 0.5 % of the time, and at least
+        every 5 s as long as they come steadily; of the others each costs nothing.
+        A save that is due is made here, of the state as it is now.
+
+        Raises:
+            UnsupportedStateError, ConfigurationError: as `step` does.
+        """
+        if self._heartbeat.tick() and self._saved_at != self._position():
+            self._save(self._sink(), self._last_metrics)
 
     # --- saving and loading ------------------------------------------------------------
 
@@ -347,6 +368,7 @@ class Checkpointer:
         if place is None:
             return False
         filesystem, path = place
+        registered = self._session.registered()
         slot = self._slots.acquire()
         try:
             restorer = Restorer(
@@ -357,15 +379,18 @@ class Checkpointer:
                 decide=lambda snapshot: self._plan(snapshot, only, strict),
             )
             restored = (
-                restorer.newest(path, registered=self._session.has_registered())
+                restorer.newest(path, registered=registered is not None)
                 if input_dir is None
                 else restorer.exactly(path)
             )
         finally:
             self._slots.release(slot)
+        if input_dir is None:
+            resumed_from = None if restored is None else restored.path
+            self._session.begin_sweeping(resumed_from=resumed_from, registered=registered)
         if restored is None:
             return False
-        self._after_load(restored, complete=only is None)
+        self._after_load(restored, complete=only is None, registered=registered)
         return True
 
     def flush(self) -> None:
@@ -383,13 +408,29 @@ class Checkpointer:
         ended = self._in_epochs and self._watch.done()
         return self._global_step, self.epoch + ended
 
-    def _progress(self) -> dict[str, int]:
+    def _progress(self) -> dict[str, int | float]:
         step, epoch = self._position()
-        return {"global_step": step, "epoch": epoch, "seed": self._session.seed}
+        return {
+            "global_step": step,
+            "epoch": epoch,
+            "seed": self._session.seed,
+            "restarts": self._lives.restarts,
+            "seconds": self._lives.seconds,
+        }
 
-    def _set_progress(self, *, global_step: int, epoch: int, seed: int) -> None:
+    def _set_progress(
+        self, *, global_step: int, epoch: int, seed: int, restarts: int = 0, seconds: float = 0.0
+    ) -> None:
         self._global_step, self._epoch = global_step, epoch
         self._session.seed = seed
+        self._lives.resume(restarts=restarts, seconds=seconds)
+
+    def _exchange(self) -> Exchange | None:
+        if self._session.run is not None:
+            return RayExchange()
+        if isinstance(self._policy, TimePolicy):
+            return GroupExchange(self._session.group)
+        return None
 
     def _sink(self, output_dir: str | os.PathLike[str] | None = None) -> Sink | None:
         self._session.agree()
@@ -399,13 +440,16 @@ class Checkpointer:
         if sink is None:
             return ""
         models = self._bundle.of_type(ModelPart)
-        captured = self._bundle.capture(
-            weights=self._hooks.weights(models, sink.path),
-            replayed=self._watch.replayed(),
-            with_gradients=self._preparer.window.open,
-        )
         step, epoch = self._position()
-        sink.save(captured, self._slots, step=step, epoch=epoch, metrics=metrics)
+        with self._heartbeat.saving() as durable:
+            captured = self._bundle.capture(
+                weights=self._hooks.weights(models, sink.path),
+                replayed=self._watch.replayed(),
+                with_gradients=self._preparer.window.open,
+            )
+            sink.save(
+                captured, self._slots, step=step, epoch=epoch, metrics=metrics, durable=durable
+            )
         self._saved_at = (step, epoch)
         return sink.path
 
@@ -423,7 +467,7 @@ class Checkpointer:
             saved, skip = saved | streams, skip - streams.keys()
         return self._bundle.plan(saved, only=only, skip=skip, strict=strict, where=snapshot.where)
 
-    def _after_load(self, restored: Restored, *, complete: bool) -> None:
+    def _after_load(self, restored: Restored, *, complete: bool, registered: str | None) -> None:
         rank, stored = self._session.group.rank, restored.snapshot.world_size
         if not complete:
             return
@@ -442,5 +486,10 @@ class Checkpointer:
             session = self._session
             rng.seed_all(rng.derived_seed(session.seed, rank, session.attempt))
         self.resumed_from = restored.path
-        self._saved_at = (self._global_step, self._epoch)
+        name = restored.path.rpartition("/")[2]
+        if self._session.run is None or name == registered:
+            self._saved_at = (self._global_step, self._epoch)
+        else:
+            # Not Ray's latest, so not the run's result either: the end must be saved all the same.
+            self._saved_at = None
         logger.info("resumed from %s at step %d", restored.path, self._global_step)

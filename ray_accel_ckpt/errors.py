@@ -8,6 +8,9 @@
     ├── StorageError (OSError)                 a read or a write failed for good
     │   └── StorageTimeoutError (TimeoutError) it kept failing for as long as ``storage_timeout``
     ├── CheckpointExistsError (FileExistsError)  the place to save to holds another checkpoint
+    ├── MetadataError                          the cloud's metadata service gave no usable answer
+    ├── DrainError                             Ray was not reached, or refused to drain a node
+    │   └── NodeNotFoundError                  Ray answered, and knows no such living node
     └── CheckpointError
         ├── NotACheckpointError                no checkpoint there, or not all of one
         ├── CorruptCheckpointError             bytes that are not the bytes that were written
@@ -92,6 +95,18 @@ class StorageTimeoutError(StorageError, TimeoutError):
 
 class CheckpointExistsError(AccelCkptError, FileExistsError):
     """The directory to save to already holds files of another checkpoint."""
+
+
+class MetadataError(AccelCkptError):
+    """The metadata service of the cloud did not answer, or with something that is no answer."""
+
+
+class DrainError(AccelCkptError):
+    """Ray could not be asked to drain a node, or refused to."""
+
+
+class NodeNotFoundError(DrainError):
+    """Ray answered, and the node is not among its living nodes."""
 
 
 class CheckpointError(AccelCkptError):

@@ -51,7 +51,8 @@ def run_config(
         options: whatever else `RunConfig` takes.
 
     Raises:
-        ConfigurationError: no name, or a config beside the short form of it.
+        ConfigurationError: no name, a config beside the short form of it, or a
+            failure_config that lets Ray register checkpoints with shares missing.
         StorageError: the storage cannot be written to and read from.
     """
     import ray.train
@@ -68,13 +69,25 @@ def run_config(
         )
     elif max_failures != MAX_FAILURES:
         raise ConfigurationError("give failure_config or max_failures, not both")
+    elif failure_config.relax_collectives_on_preemption:
+        raise ConfigurationError(
+            "relax_collectives_on_preemption cannot be used with these checkpoints",
+            why="Ray would register some that lack the shares of the ranks that went first, and "
+            "remove whole ones for them",
+            remedy="leave it out: on a notice of preemption all ranks save in time",
+        )
     if checkpoint_config is None:
         checkpoint_config = ray.train.CheckpointConfig(num_to_keep=num_to_keep)
     elif num_to_keep != 3:
         raise ConfigurationError("give checkpoint_config or num_to_keep, not both")
     filesystem, path = resolve(storage_path, storage_filesystem)
     _probe(filesystem, f"{path}/{name}")
-    heal_run(storage_path, name, storage_filesystem=storage_filesystem)
+    heal_run(
+        storage_path,
+        name,
+        storage_filesystem=storage_filesystem,
+        checkpoint_config=checkpoint_config,
+    )
     local = isinstance(filesystem, LocalFilesystem) and storage_filesystem is None
     return ray.train.RunConfig(
         name=name,

@@ -1,9 +1,10 @@
-"""Make a run directory startable again.
+"""Make a run directory startable again, and Ray's record of it complete.
 
 Ray writes `checkpoint_manager_snapshot.json` in place. Cut off by a crash, or
 naming a directory that is gone, it keeps every later driver from starting, and
 Ray's advice is to lose the run. The checkpoints themselves are whole: the file
-can be written again from them.
+can be written again from them. And a driver may be lost between a checkpoint's
+last byte and its being registered: then the file is older than the storage.
 """
 
 from __future__ import annotations
@@ -11,26 +12,44 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 from typing import Any
 
 from ray_accel_ckpt.errors import CheckpointError
-from ray_accel_ckpt.storage.catalog import READ_TIMEOUT, candidates, open_snapshot
+from ray_accel_ckpt.runtime.record import (
+    SNAPSHOT,
+    State,
+    empty_state,
+    parsed,
+    read_snapshot,
+    registered_in,
+)
+from ray_accel_ckpt.storage.catalog import READ_TIMEOUT, candidates, open_snapshot, step_of
 from ray_accel_ckpt.storage.filesystem import Filesystem, resolve
 from ray_accel_ckpt.storage.retry import retried
 
 logger = logging.getLogger(__name__)
 
-SNAPSHOT = "checkpoint_manager_snapshot.json"
-
 
 def heal_run(
-    storage_path: str | os.PathLike[str], name: str, *, storage_filesystem: Any = None
+    storage_path: str | os.PathLike[str],
+    name: str,
+    *,
+    storage_filesystem: Any = None,
+    checkpoint_config: Any = None,
 ) -> tuple[str, ...]:
     """Mend what keeps a new driver from going on with the run (storage_path, name).
 
     A torn snapshot file is kept beside as `<file>.torn` and written anew from
     the checkpoints that are whole; entries for directories that are gone are
-    taken out. Checkpoints are never touched. Do not call it while the run is going.
+    taken out; checkpoints that are whole and newer than the latest in the file
+    are adopted: taken into it as if Ray had registered them, but for their
+    metrics, which are lost. Checkpoints are never touched. Cut off in the
+    middle, it can be called again. Do not call it while the run is going.
+
+    Args:
+        checkpoint_config: the run's `ray.train.CheckpointConfig`. With a score
+            in it, checkpoints whose metrics are lost rank below all others.
 
     Returns:
         What was mended, a sentence each; empty if nothing was wrong or there is no run.
@@ -41,73 +60,82 @@ def heal_run(
     filesystem, root = resolve(storage_path, storage_filesystem)
     run = f"{root}/{name}"
     sizes = {e.name: e.nbytes for e in _retried(lambda: filesystem.list(run), run)}
-    if SNAPSHOT not in sizes:
-        return ()
-    data = _read(filesystem, f"{run}/{SNAPSHOT}", sizes[SNAPSHOT] or 0)
-    state = _parsed(data)
-    if state is None:
-        state, mended = _rebuilt(filesystem, run), "the snapshot file was torn: written anew"
-        _write(filesystem, f"{run}/{SNAPSHOT}.torn", data)
-        found = [mended]
-    else:
-        gone = sorted(set(_named(state)) - {n for n, nbytes in sizes.items() if nbytes is None})
-        if not gone:
-            return ()
-        state = _without(state, set(gone))
-        found = [f"checkpoint {each} is gone: taken out of the snapshot file" for each in gone]
-    _write(filesystem, f"{run}/{SNAPSHOT}", json.dumps(state).encode())
+    state, found = empty_state(), []
+    if SNAPSHOT in sizes:
+        data = read_snapshot(filesystem, run, sizes[SNAPSHOT] or 0)
+        read = parsed(data)
+        if read is None:
+            _write(filesystem, f"{run}/{SNAPSHOT}.torn", data)
+            found.append("the snapshot file was torn: written anew")
+        else:
+            gone = set(registered_in(read)) - {n for n, nbytes in sizes.items() if nbytes is None}
+            state = _without(read, gone)
+            found += [f"checkpoint {each} is gone: taken out" for each in sorted(gone)]
+    adopted = _newer(filesystem, run, state)
+    state = _with(state, adopted, _lost_metrics(checkpoint_config))
+    found += [f"checkpoint {each} is whole and was not registered: adopted" for each in adopted]
+    if found:
+        _write(filesystem, f"{run}/{SNAPSHOT}", json.dumps(state).encode())
     for each in found:
         logger.warning("%s: %s", run, each)
     return tuple(found)
 
 
-def _parsed(data: bytes) -> dict[str, Any] | None:
-    """Ray's record, or None if it is not one it could load."""
-    try:
-        state = json.loads(data)
-        results = state["checkpoint_results"]
-        names = [result["checkpoint_dir_name"] for result in results]
-        whole = len(names) == len(state["checkpoint_report_indices"])
-        latest = state["latest_checkpoint_result"]
-        known = latest is None or latest["checkpoint_dir_name"] in names
-        return state if whole and known and "ray_version" in state else None
-    except (ValueError, KeyError, TypeError):
-        return None
-
-
-def _rebuilt(filesystem: Filesystem, run: str) -> dict[str, Any]:
-    """A record of all checkpoints of the run that are whole, oldest first."""
-    import ray
-
-    results = []
+def _newer(filesystem: Filesystem, run: str, state: State) -> list[str]:
+    """Checkpoints that are whole and newer than the latest in the record, oldest first."""
+    latest = state["latest_checkpoint_result"]
+    step = -1 if latest is None else step_of(latest["checkpoint_dir_name"])
+    known = set(registered_in(state))
+    names = []
     for candidate in reversed(candidates(filesystem, run)):
+        if candidate.number <= step or candidate.name in known:
+            continue
         try:
             open_snapshot(filesystem, candidate.path)
         except CheckpointError as e:
-            logger.info("not taken into the new snapshot file: %s", e)
+            logger.info("not adopted: %s", e)
             continue
-        results.append({"version": 0, "checkpoint_dir_name": candidate.name, "metrics": {}})
+        names.append(candidate.name)
+    return names
+
+
+def _lost_metrics(checkpoint_config: Any) -> dict[str, float]:
+    """What Ray is told of a checkpoint whose metrics are lost.
+
+    Without the score Ray ranks it best if the order is "min"; infinities and NaN
+    do not survive Ray's own writing. So the score is the worst there is in numbers.
+    """
+    attribute = getattr(checkpoint_config, "checkpoint_score_attribute", None)
+    if attribute is None:
+        return {}
+    least = checkpoint_config.checkpoint_score_order == "min"
+    return {attribute: sys.float_info.max if least else -sys.float_info.max}
+
+
+def _with(state: State, names: list[str], metrics: dict[str, float]) -> State:
+    """The record with checkpoints registered, one after the other, after all others."""
+    if not names:
+        return state
+    results = [{"version": 0, "checkpoint_dir_name": n, "metrics": metrics} for n in names]
+    begin = state["current_report_index"]
+    indices = list(range(begin, begin + len(names)))
+    known, known_indices = state["checkpoint_results"], state["checkpoint_report_indices"]
+    # Ray's order is that of the score, the worst first; without a score, that of time.
+    first = bool(metrics)
     return {
-        "ray_version": ray.__version__,
-        "checkpoint_results": results,
-        "checkpoint_report_indices": list(range(len(results))),
-        "latest_checkpoint_result": results[-1] if results else None,
-        "pending_training_results": [],
-        "pending_validation_specs": [],
-        "current_report_index": len(results),
-        "validated_checkpoint_dir_names": [],
-        "timed_out_validation_checkpoint_dir_names": [],
-        "failed_validation_checkpoint_dir_names": [],
+        **state,
+        "checkpoint_results": results + known if first else known + results,
+        "checkpoint_report_indices": indices + known_indices if first else known_indices + indices,
+        "latest_checkpoint_result": results[-1],
+        "current_report_index": begin + len(names),
     }
 
 
-def _named(state: dict[str, Any]) -> list[str]:
-    return [result["checkpoint_dir_name"] for result in state["checkpoint_results"]]
-
-
-def _without(state: dict[str, Any], gone: set[str]) -> dict[str, Any]:
+def _without(state: State, gone: set[str]) -> State:
     """The record without directories that are gone; the latest is the latest that is left."""
-    kept = [i for i, name in enumerate(_named(state)) if name not in gone]
+    if not gone:
+        return state
+    kept = [i for i, name in enumerate(registered_in(state)) if name not in gone]
     results = [state["checkpoint_results"][i] for i in kept]
     indices = [state["checkpoint_report_indices"][i] for i in kept]
     pending = [
@@ -129,12 +157,6 @@ def _without(state: dict[str, Any], gone: set[str]) -> dict[str, Any]:
         "pending_training_results": [result for result, _ in pending],
         "pending_validation_specs": [spec for _, spec in pending],
     }
-
-
-def _read(filesystem: Filesystem, path: str, nbytes: int) -> bytes:
-    data = bytearray(nbytes)
-    _retried(lambda: filesystem.read_into(path, 0, memoryview(data)), path)
-    return bytes(data)
 
 
 def _write(filesystem: Filesystem, path: str, data: bytes) -> None:

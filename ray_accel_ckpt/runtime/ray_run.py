@@ -29,11 +29,13 @@ class RayRun:
     path: str
     arrow: Any
 
-    def has_registered(self) -> bool:
-        """Whether Ray had registered a checkpoint when this worker was started."""
+    def registered(self) -> str | None:
+        """The name of the latest checkpoint that Ray knows of; as it was when the worker started,
+        until this worker reports one."""
         import ray.train
 
-        return ray.train.get_checkpoint() is not None
+        checkpoint = ray.train.get_checkpoint()
+        return None if checkpoint is None else str(checkpoint.path).rpartition("/")[2]
 
     @property
     def filesystem(self) -> Filesystem:

@@ -28,6 +28,7 @@ def report(
     metrics: Mapping[str, Any],
     timeout: float,
     release: Callable[[], None],
+    durable: Callable[[], None],
 ) -> None:
     """Hand an image to Ray. Returns once all ranks have agreed on the directory's name.
 
@@ -37,6 +38,7 @@ def report(
 
     Args:
         release: called when the image's memory is free again, on success or not.
+        durable: called once this rank's share is durable. Must not block or raise.
     """
     import ray.train
 
@@ -47,6 +49,7 @@ def report(
             write_image(run.filesystem, f"{run.path}/{name}", image, timeout=timeout)
         finally:
             once()
+        durable()
         return ray.train.Checkpoint(f"{run.path}/{name}", filesystem=run.arrow)
 
     # Ray may drop a report without uploading (a reset barrier): then the slot comes back too.

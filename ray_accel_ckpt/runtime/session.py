@@ -12,9 +12,13 @@ from ray_accel_ckpt.errors import ConfigurationError, StorageError
 from ray_accel_ckpt.project import ProjectConfiguration
 from ray_accel_ckpt.runtime.group import Group
 from ray_accel_ckpt.runtime.ray_run import RayRun, current_run, in_local_mode, ray_world_size
+from ray_accel_ckpt.runtime.sweep import Sweeper
 from ray_accel_ckpt.storage.background import BackgroundWriter
 from ray_accel_ckpt.storage.filesystem import Filesystem, resolve
 from ray_accel_ckpt.storage.naming import AutomaticNames
+
+_ATTEMPTS: set[str] = set()
+"""Of all Checkpointers of this process: what one sweeps, another may be saving."""
 
 
 class Session:
@@ -51,6 +55,7 @@ class Session:
         self.told_of_local_mode = False
         self.saves_at_step: dict[int, int] = {}
         self._names: AutomaticNames | None = None
+        self._sweeper: Sweeper | None = None
         checkpoints = self.project.checkpoints_dir
         if self.run is not None and checkpoints is not None:
             raise ConfigurationError(
@@ -79,6 +84,7 @@ class Session:
             )
         seed = torch.initial_seed() if self._given_seed is None else self._given_seed
         self.attempt, self.seed = self.group.from_rank_zero([secrets.token_hex(3), seed])
+        _ATTEMPTS.add(self.attempt)
 
     @cached_property
     def _project_place(self) -> tuple[Filesystem, str] | None:
@@ -106,14 +112,29 @@ class Session:
             "automatic_checkpoint_naming=True",
         )
 
-    def has_registered(self) -> bool:
-        """Whether Ray knows a checkpoint of this run: then there was one that was whole.
+    def registered(self) -> str | None:
+        """The name of the latest checkpoint of the run that Ray knows of: one that was whole.
 
         Collective: rank 0's answer, since Ray's differs between ranks once they have reported.
         """
         if self.run is None:
-            return False
-        return bool(self.group.from_rank_zero(self.run.has_registered()))
+            return None
+        name: str | None = self.group.from_rank_zero(self.run.registered())
+        return name
+
+    def begin_sweeping(self, *, resumed_from: str | None, registered: str | None) -> None:
+        """Let rank 0 remove, in the background, what earlier attempts left in the run."""
+        if self.run is None or self.group.rank != 0 or self._sweeper is not None:
+            return
+        self._sweeper = Sweeper(
+            self.run, living=_ATTEMPTS, resumed_from=resumed_from, registered=registered
+        )
+        self._sweeper.start()
+
+    def sweep(self) -> None:
+        """Look again whether something has become superfluous. Returns at once."""
+        if self._sweeper is not None:
+            self._sweeper.start()
 
     def next_automatic(self) -> tuple[Filesystem, str] | None:
         """The next automatic name, rank 0's on every rank; None without automatic naming."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from ray_accel_ckpt.errors import StateMismatchError
@@ -42,8 +42,13 @@ class Sink(Protocol):
         step: int,
         epoch: int,
         metrics: Metrics,
+        durable: Callable[[], None],
     ) -> None:
-        """Freeze this rank's share and hand it on. When it returns, the state may change."""
+        """Freeze this rank's share and hand it on. When it returns, the state may change.
+
+        Args:
+            durable: called, on another thread, once this rank's share is.
+        """
         ...
 
 
@@ -86,11 +91,17 @@ class RaySink:
         step: int,
         epoch: int,
         metrics: Metrics,
+        durable: Callable[[], None],
     ) -> None:
         plain = plain_metrics(metrics)
         image, slot = freeze(
             captured, slots, self._session, save_id=self._save_id, step=step, epoch=epoch
         )
+
+        def after() -> None:
+            durable()
+            self._session.sweep()
+
         report(
             self._run,
             image,
@@ -98,6 +109,7 @@ class RaySink:
             metrics=plain,
             timeout=self._session.timeout,
             release=lambda: slots.release(slot),
+            durable=after,
         )
 
 
@@ -126,6 +138,7 @@ class DirectorySink:
         step: int,
         epoch: int,
         metrics: Metrics,
+        durable: Callable[[], None],
     ) -> None:
         del metrics  # Ray's; a directory has nobody to report them to
         session = self._session
@@ -140,12 +153,17 @@ class DirectorySink:
         image, slot = freeze(
             captured, slots, session, save_id=self._save_id, step=step, epoch=epoch
         )
+
+        def after() -> None:
+            durable()
+            self._prune()
+
         session.writer.submit(
             self._filesystem,
             self.path,
             image,
             release=lambda: slots.release(slot),
-            after=self._prune,
+            after=after,
         )
 
     def _prune(self) -> None:

@@ -49,6 +49,12 @@ def checkpoint_name(step: int, attempt: str) -> str:
     return f"checkpoint_{step:08d}_{attempt}"
 
 
+def step_of(name: str) -> int:
+    """The step that a checkpoint's directory is named after; -1 if it is not named like one."""
+    match = _NAME.fullmatch(name)
+    return -1 if match is None else int(match[1])
+
+
 def candidates(
     filesystem: Filesystem, directory: str, *, timeout: float = READ_TIMEOUT
 ) -> list[Candidate]:

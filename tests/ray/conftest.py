@@ -21,6 +21,7 @@ def cluster() -> Iterator[Cluster]:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     # Ray registers a report per poll; the default of 2 s only makes the tests longer.
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.3"
+    os.environ["RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S"] = "0.3"
     import ray
 
     for attempt in range(TRIES):
@@ -35,6 +36,16 @@ def cluster() -> Iterator[Cluster]:
                 raise
     yield started
     _end(started)
+
+
+@pytest.fixture(scope="session")
+def untouched(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """What each rank of a run ends with that nothing ever happened to."""
+    from tests.ray.runs import digests, fit
+
+    directory = tmp_path_factory.mktemp("untouched")
+    fit(directory, "run")
+    return digests(directory, "run")
 
 
 def _end(cluster: Cluster) -> None:

@@ -18,8 +18,8 @@ from ray.train.torch import TorchTrainer
 from torch import nn
 
 from ray_accel_ckpt import Checkpointer, EverySteps, errors, heal_run, open_checkpoint, run_config
-from tests.ray.faults import POINTS, Fault
-from tests.training import train
+from tests.ray.faults import POINTS
+from tests.ray.runs import EVERY, digests, fit, loop, records
 
 pytestmark = [
     pytest.mark.usefixtures("cluster"),
@@ -28,76 +28,23 @@ pytestmark = [
 ]
 
 
-def _loop(config: dict[str, Any]) -> None:
-    torch.set_num_threads(1)
-    rank = ray.train.get_context().get_world_rank()
-    fault = Fault(**config["fault"]) if config.get("fault") else None
-    ckpt = Checkpointer(save=EverySteps(config.get("every", 4)))
-    if fault is not None:
-        fault.install(rank, lambda: ckpt.global_step)
-
-    def on_step(step: int) -> None:
-        if fault is not None:
-            fault.on_step(rank, step)
-
-    def on_epoch_end(epoch: int) -> None:
-        if fault is not None:
-            fault.on_epoch_end(rank, ckpt.global_step)
-
-    ended = train(
-        ckpt, rank, epochs=config.get("epochs", 3), on_step=on_step, on_epoch_end=on_epoch_end
-    )
-    record = {"digest": ended, "resumed_from": ckpt.resumed_from, "step": ckpt.global_step}
-    Path(config["out"], f"rank-{rank}.json").write_text(json.dumps(record))
-
-
-def _fit(directory: Path, name: str, workers: int = 2, **config: Any) -> Any:
-    out = directory / f"{name}-out"
-    out.mkdir(exist_ok=True)
-    trainer = TorchTrainer(
-        _loop,
-        train_loop_config={"out": str(out), **config},
-        scaling_config=ScalingConfig(num_workers=workers),
-        run_config=run_config(name, directory),
-    )
-    return trainer.fit()
-
-
-def _records(directory: Path, name: str, workers: int = 2) -> list[dict[str, Any]]:
-    out = directory / f"{name}-out"
-    return [json.loads((out / f"rank-{rank}.json").read_text()) for rank in range(workers)]
-
-
-def _digests(directory: Path, name: str) -> list[str]:
-    return [record["digest"] for record in _records(directory, name)]
-
-
-@pytest.fixture(scope="module")
-def untouched(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    directory = tmp_path_factory.mktemp("untouched")
-    _fit(directory, "run")
-    return _digests(directory, "run")
-
-
-@pytest.mark.parametrize(("point", "rank"), [(p, i % 2) for i, p in enumerate(POINTS)])
-def test_a_killed_worker_changes_no_bit(
-    tmp_path: Path, untouched: list[str], point: str, rank: int
-) -> None:
-    marker = tmp_path / "killed"
-    fault = {"point": point, "rank": rank, "after": 10, "marker": str(marker)}
-    result = _fit(tmp_path, "run", fault=fault)
-    assert marker.exists(), "the worker was not killed"
-    assert _digests(tmp_path, "run") == untouched
-    assert _records(tmp_path, "run")[0]["resumed_from"] is not None
+def test_a_killed_worker_changes_no_bit(tmp_path: Path, untouched: list[str]) -> None:
+    """Killed in its first save, so that it starts anew, and then at each point of a life."""
+    deaths = [
+        (point, number % 2, 4 * number + 1)
+        for number, point in enumerate(["after the shard, before the manifest", *POINTS])
+    ]
+    assert deaths[0][2] < EVERY
+    faults = [
+        {"point": point, "rank": rank, "after": after, "marker": str(tmp_path / f"killed-{after}")}
+        for point, rank, after in deaths
+    ]
+    result = fit(tmp_path, "run", faults=faults)
+    survived = [fault for fault in faults if not Path(fault["marker"]).exists()]
+    assert not survived
+    assert digests(tmp_path, "run") == untouched
+    assert records(tmp_path, "run")[0]["resumed_from"] is not None
     open_checkpoint(result.checkpoint).verify()
-
-
-def test_killed_in_its_first_save_a_run_starts_anew(tmp_path: Path, untouched: list[str]) -> None:
-    marker = tmp_path / "killed"
-    point = "after the shard, before the manifest"
-    _fit(tmp_path, "run", fault={"point": point, "rank": 1, "after": 0, "marker": str(marker)})
-    assert marker.exists(), "the worker was not killed"
-    assert _digests(tmp_path, "run") == untouched
 
 
 @pytest.fixture
@@ -126,8 +73,8 @@ def test_a_killed_worker_changes_no_bit_on_s3(
     marker = tmp_path / "killed"
     fault = {"point": "mid-epoch", "rank": 1, "after": 18, "marker": str(marker)}
     trainer = TorchTrainer(
-        _loop,
-        train_loop_config={"out": str(tmp_path / "out"), "fault": fault},
+        loop,
+        train_loop_config={"out": str(tmp_path / "out"), "faults": [fault]},
         scaling_config=ScalingConfig(num_workers=2),
         run_config=run_config("run", "bucket/runs", storage_filesystem=bucket),
     )
@@ -144,29 +91,31 @@ def test_a_killed_worker_changes_no_bit_on_s3(
 def test_a_second_driver_goes_on_and_a_finished_run_returns_at_once(
     tmp_path: Path, untouched: list[str]
 ) -> None:
-    _fit(tmp_path, "run", epochs=2)
+    fit(tmp_path, "run", epochs=2)
     # What a crash leaves: Ray's record of the run cut in half.
     snapshot = tmp_path / "run" / "checkpoint_manager_snapshot.json"
     snapshot.write_bytes(snapshot.read_bytes()[:100])
-    result = _fit(tmp_path, "run", epochs=3)
-    assert _digests(tmp_path, "run") == untouched
+    result = fit(tmp_path, "run", epochs=3)
+    assert digests(tmp_path, "run") == untouched
     assert (tmp_path / "run" / "checkpoint_manager_snapshot.json.torn").exists()
     before = result.checkpoint.path
-    again = _fit(tmp_path, "run", epochs=3)
+    again = fit(tmp_path, "run", epochs=3)
     assert again.checkpoint.path == before
+    assert again.metrics == result.metrics
+    assert set(again.metrics) == {"loss"}
     # Rank 1 now has rank 0's BatchNorm buffers: no forward has followed to make them its own.
-    assert _digests(tmp_path, "run")[0] == untouched[0]
+    assert digests(tmp_path, "run")[0] == untouched[0]
 
 
 def test_heal_takes_out_a_checkpoint_that_is_gone(tmp_path: Path) -> None:
-    result = _fit(tmp_path, "run", epochs=1)
+    result = fit(tmp_path, "run", epochs=1)
     for file in Path(result.checkpoint.path).iterdir():
         file.unlink()
     Path(result.checkpoint.path).rmdir()
     (mended,) = heal_run(tmp_path, "run")
     assert Path(result.checkpoint.path).name in mended
     assert heal_run(tmp_path, "run") == ()
-    assert _fit(tmp_path, "run", epochs=1).checkpoint is not None
+    assert fit(tmp_path, "run", epochs=1).checkpoint is not None
 
 
 def _metrics_loop(config: dict[str, Any]) -> None:
@@ -256,6 +205,9 @@ def test_run_config_passes_through_and_checks(tmp_path: Path) -> None:
         run_config("", tmp_path)
     with pytest.raises(errors.ConfigurationError, match="not both"):
         run_config("a", tmp_path, failure_config=own, max_failures=2)
+    relaxed = ray.train.FailureConfig(max_failures=3, relax_collectives_on_preemption=True)
+    with pytest.raises(errors.ConfigurationError, match="relax_collectives_on_preemption"):
+        run_config("a", tmp_path, failure_config=relaxed)
     (tmp_path / "file").write_text("")
     with pytest.raises(errors.StorageError, match="could not write to the storage"):
         run_config("a", tmp_path / "file")

@@ -1,0 +1,106 @@
+"""What the workers tell each other at a heartbeat, and over which wires.
+
+In a Ray Train run over Ray's own collectives: they run on the host, so that no
+GPU stream waits for them, and one of them carries the notice of a preemption.
+Elsewhere nobody gives notice, and rank 0's word travels over the process group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from ray_accel_ckpt.runtime.group import Group
+
+
+@dataclass(frozen=True, kw_only=True)
+class Notice:
+    """Nodes of this group are going to be taken away.
+
+    Attributes:
+        deadline: when, in seconds since the epoch; None if nobody said.
+        nodes: Ray's ids of the nodes.
+        ranks: the workers on them.
+    """
+
+    deadline: float | None
+    nodes: tuple[str, ...]
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """Rank 0's word to all ranks.
+
+    Attributes:
+        save: save now.
+        hold: until the next beat, begin no save that the policy asks for.
+        ticks: calls until the next beat.
+    """
+
+    save: bool
+    hold: bool
+    ticks: int
+
+
+class Exchange(Protocol):
+    """One beat. Both methods are collective: every rank calls both, in this order."""
+
+    @property
+    def rank(self) -> int: ...
+
+    def notice(self) -> Notice | None:
+        """What rank 0 knows of preemptions, on every rank."""
+        ...
+
+    def from_rank_zero(self, decision: Decision) -> Decision:
+        """Rank 0's decision on every rank; the others' are dropped."""
+        ...
+
+
+class RayExchange:
+    """Over `ray.train.get_preemption_info` and `ray.train.collective`."""
+
+    @property
+    def rank(self) -> int:
+        import ray.train
+
+        return int(ray.train.get_context().get_world_rank())
+
+    def notice(self) -> Notice | None:
+        import ray.train
+
+        info = ray.train.get_preemption_info()
+        if info is None:
+            return None
+        return Notice(
+            deadline=None if info.deadline_ms is None else info.deadline_ms / 1000,
+            nodes=tuple(info.preempted_node_ids),
+            ranks=tuple(info.preempted_ranks),
+        )
+
+    def from_rank_zero(self, decision: Decision) -> Decision:
+        from ray.train.collective import broadcast_from_rank_zero
+
+        save, hold, ticks = broadcast_from_rank_zero([decision.save, decision.hold, decision.ticks])
+        return Decision(save=save, hold=hold, ticks=ticks)
+
+
+class GroupExchange:
+    """Over the process group; alone, without any wire."""
+
+    def __init__(self, group: Group) -> None:
+        self._group = group
+
+    @property
+    def rank(self) -> int:
+        return self._group.rank
+
+    def notice(self) -> Notice | None:
+        return None
+
+    def from_rank_zero(self, decision: Decision) -> Decision:
+        save, hold, ticks = self._group.from_rank_zero(
+            [decision.save, decision.hold, decision.ticks]
+        )
+        return Decision(save=save, hold=hold, ticks=ticks)

@@ -1,0 +1,1 @@
+"""What the cloud says about the near end of this machine."""

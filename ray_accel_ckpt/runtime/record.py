@@ -1,0 +1,127 @@
+"""Ray's own record of a run's checkpoints, `checkpoint_manager_snapshot.json`, as a file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from ray_accel_ckpt.storage.catalog import READ_TIMEOUT, step_of
+from ray_accel_ckpt.storage.filesystem import Filesystem
+from ray_accel_ckpt.storage.retry import retried
+
+SNAPSHOT = "checkpoint_manager_snapshot.json"
+
+State = dict[str, Any]
+"""The file's content, in the form that Ray gives it."""
+
+_STATUS_LISTS = (
+    "validated_checkpoint_dir_names",
+    "timed_out_validation_checkpoint_dir_names",
+    "failed_validation_checkpoint_dir_names",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What Ray knows of a run.
+
+    Attributes:
+        names: of every directory that the record mentions, for whatever reason.
+        latest: the checkpoint registered last, if there is one.
+    """
+
+    names: frozenset[str]
+    latest: str | None
+
+    @property
+    def step(self) -> int:
+        """The latest checkpoint's; -1 without one, or with one that this library did not name."""
+        return -1 if self.latest is None else step_of(self.latest)
+
+
+def read_record(filesystem: Filesystem, run: str) -> Record | None:
+    """The record of the run's directory. An empty one if there is no file.
+
+    Returns:
+        None if the file cannot be understood: Ray is writing it at this moment, or a crash tore it.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
+    nbytes = _length(filesystem, run)
+    if nbytes is None:
+        return Record(names=frozenset(), latest=None)
+    try:
+        state = parsed(read_snapshot(filesystem, run, nbytes))
+    except (FileNotFoundError, EOFError):
+        return None
+    if state is None:
+        return None
+    latest = state["latest_checkpoint_result"]
+    return Record(
+        names=frozenset(names_in(state)),
+        latest=None if latest is None else str(latest["checkpoint_dir_name"]),
+    )
+
+
+def read_snapshot(filesystem: Filesystem, run: str, nbytes: int) -> bytes:
+    """The file's bytes. `nbytes` is its length as listed."""
+    path = f"{run}/{SNAPSHOT}"
+    data = bytearray(nbytes)
+    retried(
+        lambda: filesystem.read_into(path, 0, memoryview(data)),
+        what="read Ray's record of the run",
+        where=path,
+        timeout=READ_TIMEOUT,
+    )
+    return bytes(data)
+
+
+def parsed(data: bytes) -> State | None:
+    """Ray's record, or None if it is not one it could load."""
+    try:
+        state = json.loads(data)
+        names = registered_in(state)
+        latest = state["latest_checkpoint_result"]
+        known = latest is None or latest["checkpoint_dir_name"] in names
+        even = len(names) == len(state["checkpoint_report_indices"])
+        names_in(state)
+        return state if even and known and "ray_version" in state else None
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def registered_in(state: State) -> list[str]:
+    """The directories of the registered checkpoints, in Ray's order: the best last."""
+    return [result["checkpoint_dir_name"] for result in state["checkpoint_results"]]
+
+
+def names_in(state: State) -> set[str]:
+    """Every directory that the record mentions."""
+    pending = [r["checkpoint_dir_name"] for r in state.get("pending_training_results", ())]
+    listed = [name for key in _STATUS_LISTS for name in state.get(key, ())]
+    return {*registered_in(state), *pending, *listed}
+
+
+def empty_state() -> State:
+    """What Ray would write of a run without a checkpoint."""
+    import ray
+
+    return {
+        "ray_version": ray.__version__,
+        "checkpoint_results": [],
+        "checkpoint_report_indices": [],
+        "latest_checkpoint_result": None,
+        "pending_training_results": [],
+        "pending_validation_specs": [],
+        "current_report_index": 0,
+        **{key: [] for key in _STATUS_LISTS},
+    }
+
+
+def _length(filesystem: Filesystem, run: str) -> int | None:
+    entries = retried(
+        lambda: filesystem.list(run), what="list a run", where=run, timeout=READ_TIMEOUT
+    )
+    return next((e.nbytes or 0 for e in entries if e.name == SNAPSHOT), None)

@@ -1,0 +1,207 @@
+"""Nodes that are announced to go, in one run of many lives: what was done is not done again."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from ray.cluster_utils import Cluster
+from ray.train import ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from ray_accel_ckpt import Checkpointer, EverySteps, run_config
+from ray_accel_ckpt.storage.filesystem import LocalFilesystem
+from tests.ray.drains import drain, registered_steps, until
+from tests.training import train
+
+EPOCHS, EVERY, LAST = 7, 25, 84
+
+
+def _loop(config: dict[str, Any]) -> None:
+    import ray.train
+
+    torch.set_num_threads(1)
+    rank = ray.train.get_context().get_world_rank()
+    out = Path(config["out"])
+    ckpt = Checkpointer(save=EverySteps(EVERY))
+
+    def limit() -> int:
+        """What the test allows, the same on each rank."""
+        allowed = torch.tensor(int((out / "limit").read_text()))
+        torch.distributed.broadcast(allowed, src=0)
+        return int(allowed)
+
+    def on_loaded(resumed: bool) -> None:
+        life = len(list(out.glob("life-*")))
+        record = {"resumed": ckpt.global_step if resumed else 0}
+        torch.distributed.barrier()
+        node = ray.get_runtime_context().get_node_id()
+        (out / f"node-{life}-{rank}").write_text(node)
+        torch.distributed.barrier()
+        if rank == 0:
+            (out / f"life-{life}").write_text(json.dumps(record))
+
+    def on_step(step: int) -> None:
+        (out / f"at-{rank}").write_text(str(step))
+        while step >= limit():
+            ckpt.heartbeat()
+
+    with _held(out / "hold"):
+        digest = train(ckpt, rank, epochs=EPOCHS, on_step=on_step, on_loaded=on_loaded)
+    (out / f"ended-{rank}").write_text(digest)
+
+
+@contextlib.contextmanager
+def _held(flag: Path) -> Iterator[None]:
+    """Writes of shards wait while the flag is there."""
+    write = LocalFilesystem.write
+
+    def slow(filesystem: LocalFilesystem, path: str, chunks: Iterable[Any]) -> None:
+        while flag.exists() and "shard" in path:
+            time.sleep(0.05)
+        write(filesystem, path, chunks)
+
+    with mock.patch.object(LocalFilesystem, "write", slow):
+        yield
+
+
+class Run:
+    """A run on two nodes of one worker each, driven by what it is allowed to do."""
+
+    def __init__(self, cluster: Cluster, directory: Path) -> None:
+        self.cluster, self.directory = cluster, directory
+        self.out = directory / "out"
+        self.out.mkdir()
+        self.allow(0)
+        self.nodes: dict[str, Any] = {}
+        self.results: list[Any] = []
+        trainer = TorchTrainer(
+            _loop,
+            train_loop_config={"out": str(self.out)},
+            scaling_config=ScalingConfig(num_workers=2, resources_per_worker={"CPU": 1, "slot": 1}),
+            run_config=run_config("run", directory),
+        )
+        self.fit = threading.Thread(target=lambda: self.results.append(trainer.fit()))
+
+    def allow(self, step: int) -> None:
+        new = self.out / "limit.new"
+        new.write_text(str(step))
+        new.rename(self.out / "limit")
+
+    def add_node(self) -> None:
+        node = self.cluster.add_node(num_cpus=1, resources={"slot": 1})
+        self.nodes[node.node_id] = node
+
+    def remove_node(self, node_id: str) -> None:
+        self.cluster.remove_node(self.nodes.pop(node_id), allow_graceful=False)
+
+    def drain(self, node_id: str, *, seconds: float) -> None:
+        drain(self.cluster.address, node_id, seconds=seconds)
+
+    def resumed(self, life: int) -> int:
+        """Wait for a life to begin; the step it begins with."""
+        record = self.out / f"life-{life}"
+        self.until(lambda: record.exists() and record.read_text() != "")
+        return int(json.loads(record.read_text())["resumed"])
+
+    def node(self, life: int, rank: int) -> str:
+        return (self.out / f"node-{life}-{rank}").read_text()
+
+    def reach(self, step: int) -> None:
+        self.allow(step)
+        at = [self.out / f"at-{rank}" for rank in range(2)]
+        self.until(lambda: all(a.exists() and a.read_text() == str(step) for a in at))
+
+    def registered(self, step: int) -> None:
+        """Wait until Ray has registered a checkpoint of this very step."""
+        self.until(lambda: step in registered_steps(self.directory / "run"))
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        until(condition, self.fit.is_alive)
+
+
+def _untouched(directory: Path) -> list[str]:
+    """The ranks' digests of a run whose nodes stay."""
+    out = directory / "untouched"
+    out.mkdir()
+    (out / "limit").write_text(str(LAST + 1))
+    TorchTrainer(
+        _loop,
+        train_loop_config={"out": str(out)},
+        scaling_config=ScalingConfig(num_workers=2),
+        run_config=run_config("untouched-run", directory),
+    ).fit()
+    return _ended(out)
+
+
+def _ended(out: Path) -> list[str]:
+    return [(out / f"ended-{rank}").read_text() for rank in range(2)]
+
+
+# Ray's own handling of files and deprecated calls is not what is tested here.
+@pytest.mark.filterwarnings("ignore")
+def test_announced_losses_cost_no_step(cluster: Cluster, tmp_path: Path) -> None:
+    untouched = _untouched(tmp_path)
+    run = Run(cluster, tmp_path)
+    run.add_node()
+    run.add_node()
+    run.fit.start()
+    try:
+        # A node that dies long before its deadline.
+        assert run.resumed(0) == 0
+        run.reach(17)
+        run.drain(run.node(0, 1), seconds=300)
+        run.registered(17)
+        run.add_node()
+        run.remove_node(run.node(0, 1))
+
+        # Rank 0's node, then the other one too before the first is gone.
+        assert run.resumed(1) == 17
+        run.reach(31)
+        run.drain(run.node(1, 0), seconds=300)
+        run.registered(31)
+        run.reach(37)
+        run.drain(run.node(1, 1), seconds=300)
+        run.registered(37)
+        run.add_node()
+        run.add_node()
+        for rank in range(2):
+            run.remove_node(run.node(1, rank))
+
+        # While a periodic save is being written.
+        assert run.resumed(2) == 37
+        (run.out / "hold").touch()
+        run.reach(53)
+        run.drain(run.node(2, 0), seconds=300)
+        (run.out / "hold").unlink()
+        run.registered(53)
+        run.add_node()
+        run.remove_node(run.node(2, 0))
+
+        # Announced and not taken away: the last save comes shortly before the deadline.
+        assert run.resumed(3) == 53
+        run.reach(60)
+        run.drain(run.node(3, 1), seconds=25)
+        run.registered(60)
+        run.reach(66)
+        run.registered(66)
+        run.add_node()
+        assert run.resumed(4) == 66
+        run.allow(LAST + 1)
+        run.fit.join()
+    finally:
+        run.allow(LAST + 1)
+        for node in run.nodes.values():
+            with contextlib.suppress(Exception):
+                cluster.remove_node(node, allow_graceful=False)
+        run.fit.join()
+    assert run.results
+    assert _ended(run.out) == untouched
