@@ -13,7 +13,8 @@ from tests.chaos import reference
 from tests.chaos.cluster import Nodes, started
 from tests.chaos.faults import KINDS
 from tests.chaos.scenario import Scenario, draw
-from tests.chaos.stage import LIMIT, Stuck, set_for
+from tests.chaos.stage import LIMIT, StuckError, set_for
+from tests.chaos.trace import Trace, replay
 from tests.chaos.verdict import Outcome, judge, unfinished
 
 
@@ -23,7 +24,7 @@ def play(scenario: Scenario, nodes: Nodes, untouched: list[str], directory: Path
         try:
             stage.play()
             return judge(stage, untouched)
-        except Stuck as e:
+        except StuckError as e:
             return unfinished(stage, str(e))
         except Exception:
             # The campaign goes on: the next seeds have something to tell too.
@@ -84,19 +85,41 @@ def _spread(values: list[int]) -> str:
     return f"{ordered[0]} to {ordered[-1]}, median {ordered[len(ordered) // 2]}"
 
 
+def follow(options: argparse.Namespace, directory: Path) -> bool:
+    """Replay a trace; whether all is well."""
+    trace = Trace.read(options.trace, options.ticks)
+    print(f"{len(trace.counts)} ticks of {trace.gap:.0f} s, each in {options.tick:.0f} s")
+    with started() as nodes:
+        came = replay(trace, nodes, directory, tick=options.tick, epochs=options.epochs)
+    sizes = ", ".join(map(str, came.sizes))
+    print(f"{'FAILED' if came.wrong else 'ok'}: {came.steps} steps in {came.seconds:.0f} s")
+    print(f"{len(came.sizes)} lives, of {sizes} workers; {came.lost} steps done again")
+    print("\n".join(came.wrong))
+    return not came.wrong
+
+
+def strike(options: argparse.Namespace, directory: Path) -> bool:
+    """Play seeds; whether all is well."""
+    outcomes = []
+    for outcome in campaign(range(options.seed, options.seed + options.runs), directory):
+        outcomes.append(outcome)
+        print(line(outcome), flush=True)
+    print(f"\n{table(outcomes)}")
+    if options.out is not None:
+        options.out.write_text(f"{table(outcomes)}\n")
+    return not any(outcome.wrong for outcome in outcomes)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="tests.chaos", description=__doc__)
     parser.add_argument("--seed", type=int, default=1, help="the first")
     parser.add_argument("--runs", type=int, default=10, help="how many, each with the next seed")
     parser.add_argument("--out", type=Path, help="a Markdown file for the table")
+    parser.add_argument("--trace", type=Path, help="replay this spot trace instead")
+    parser.add_argument("--ticks", type=int, default=40, help="of the trace")
+    parser.add_argument("--tick", type=float, default=5.0, help="seconds of a tick")
+    parser.add_argument("--epochs", type=int, default=40, help="of the job under the trace")
     options = parser.parse_args()
-    outcomes = []
     with tempfile.TemporaryDirectory(prefix="chaos-") as directory:
-        seeds = range(options.seed, options.seed + options.runs)
-        for outcome in campaign(seeds, Path(directory)):
-            outcomes.append(outcome)
-            print(line(outcome), flush=True)
-    print(f"\n{table(outcomes)}")
-    if options.out is not None:
-        options.out.write_text(f"{table(outcomes)}\n")
-    sys.exit(any(outcome.wrong for outcome in outcomes))
+        act = strike if options.trace is None else follow
+        sys.exit(not act(options, Path(directory)))

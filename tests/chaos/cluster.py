@@ -27,7 +27,7 @@ _ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.3",
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5",
     # A group that waits for a node that is gone looks for another one after this.
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5",
 }
 
 # Ray's defaults take 15 s and more to call a node dead.

@@ -134,9 +134,7 @@ class DrainCutShort(Fault):
 
     @classmethod
     def drawn(cls, rng: random.Random, shape: Shape) -> Fault:
-        return cls(
-            rank=_rank(rng), taken_after=round(rng.uniform(0, 1), 2), back=_back(rng, shape)
-        )
+        return cls(rank=_rank(rng), taken_after=round(rng.uniform(0, 1), 2), back=_back(rng, shape))
 
     def strike(self, stage: Stage) -> None:
         node = stage.victim(self.rank).node
@@ -206,7 +204,7 @@ class DiskFull(Fault):
 
 @dataclass(frozen=True, kw_only=True)
 class Damage(Fault):
-    """A file of the newest checkpoint is not what it was, and a worker dies."""
+    """A worker dies, and before the next attempt a file of the newest checkpoint is damaged."""
 
     kind = "checkpoint damaged"
     file: Literal["shard", "manifest"]
@@ -225,12 +223,12 @@ class Damage(Fault):
 
     def strike(self, stage: Stage) -> None:
         # One to fall back to, else the run is lost, and says so.
-        stage.until(lambda: len(stage.watch.registered()) >= 2, "two checkpoints to be registered")
-        victim = stage.victim(self.rank)
-        newest = stage.watch.registered()[-1]
-        files = sorted(newest.path.glob(f"{self.file}-*"))
+        stage.until(lambda: len(stage.watch.whole()) >= 2, "two checkpoints to be whole")
+        stage.end_attempt(self.rank)
+        newest = stage.watch.whole()[-1]
+        stage.watch.damaged[newest.name] = time.time()
+        files = sorted(newest.glob(f"{self.file}-*"))
         file = files[self.rank % len(files)]
-        stage.watch.damaged.add(newest.name)
         data = bytearray(file.read_bytes())
         at = int(self.where * len(data))
         if self.how == "gone":
@@ -240,7 +238,6 @@ class Damage(Fault):
         else:
             data[at] ^= 1 << (at % 8)
             file.write_bytes(data)
-        stage.kill(victim.pid)
 
 
 KINDS: tuple[type[Fault], ...] = (

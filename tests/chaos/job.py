@@ -97,7 +97,7 @@ def fixed(config: dict[str, Any]) -> None:
         ckpt,
         rank,
         on_step=on_step,
-        on_loaded=lambda _: diary.write(resumed=ckpt.global_step),
+        on_loaded=lambda _: diary.loaded(ckpt.global_step, ckpt.resumed_from),
     )
     diary.write(digest=digest)
 
@@ -125,7 +125,7 @@ def elastic(config: dict[str, Any]) -> None:
         DataLoader(Indices(), batch_size=1, shuffle=True), global_batch_size=GLOBAL_BATCH
     )
     ckpt.load_state()
-    diary.write(resumed=ckpt.global_step)
+    diary.loaded(ckpt.global_step, ckpt.resumed_from)
     for epoch in ckpt.epochs(config["epochs"]):
         for batch in loader:
             ckpt.backward(model(batch).square().mean())

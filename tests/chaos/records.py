@@ -29,6 +29,10 @@ class Diary:
         node = ray.get_runtime_context().get_node_id()
         self.write(pid=os.getpid(), node=node, world_size=world_size)
 
+    def loaded(self, step: int, path: str | None) -> None:
+        """`load_state` has returned."""
+        self.write(resumed=step, source=None if path is None else path.rpartition("/")[2])
+
     def write(self, **entry: Any) -> None:
         print(json.dumps({"time": time.time(), **entry}), file=self._file, flush=True)
 
@@ -40,6 +44,7 @@ class Rank:
     Attributes:
         began: seconds since the epoch.
         resumed: the step it went on from; None while it is loading.
+        source: the name of the checkpoint it loaded; None if it began anew.
         steps: by number: what was written down, in order.
         digest: of what it ended with.
     """
@@ -49,6 +54,7 @@ class Rank:
     world_size: int
     began: float
     resumed: int | None = None
+    source: str | None = None
     steps: dict[int, dict[str, Any]] = field(default_factory=dict)
     digest: str | None = None
 
@@ -99,14 +105,15 @@ def _rank(file: Path) -> Rank | None:
     if not lines:
         return None
     begin, *rest = lines
-    resumed = [line["resumed"] for line in rest if "resumed" in line]
+    loaded = [(line["resumed"], line["source"]) for line in rest if "resumed" in line]
     digests = [line["digest"] for line in rest if "digest" in line]
     return Rank(
         pid=begin["pid"],
         node=begin["node"],
         world_size=begin["world_size"],
         began=begin["time"],
-        resumed=resumed[0] if resumed else None,
+        resumed=loaded[0][0] if loaded else None,
+        source=loaded[0][1] if loaded else None,
         steps={line["step"]: line for line in rest if "step" in line},
         digest=digests[0] if digests else None,
     )

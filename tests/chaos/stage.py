@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from tests.chaos.cluster import Nodes
@@ -26,16 +27,21 @@ SMALL = 4 * 2**20
 """Bytes of a small filesystem: many checkpoints of the jobs here."""
 
 
-class Stuck(Exception):
+class StuckError(Exception):
     """Something did not come within the limit."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Drained:
-    """A drain in time: the step at which it was announced, when, and when the node went."""
+    """A drain in time, as it was announced in a life at a step; a node is `taken` later.
 
-    step: int
+    Attributes:
+        announced, taken: seconds since the epoch.
+    """
+
     life: int
+    step: int
+    announced: float
     taken: float
 
 
@@ -43,6 +49,7 @@ class Stage:
     """What a fault strikes.
 
     Attributes:
+        storage: the directory that the run is in.
         struck: the moments of all strikes, seconds since the epoch.
         drained: the drains with enough time.
     """
@@ -51,21 +58,21 @@ class Stage:
         self.scenario, self.nodes = scenario, nodes
         self._out = directory / "out"
         self._out.mkdir(parents=True)
-        self._storage = directory / "storage"
-        self._storage.mkdir()
+        self.storage = directory / "storage"
+        self.storage.mkdir()
         self._control = directory / "switch.json"
-        self._mounted = scenario.storage == "small" and _mounted(self._storage)
+        self._mounted = scenario.storage == "small" and _mounted(self.storage)
         switched = scenario.storage != "disk" and not self._mounted
         job = Job(
             shape=scenario.shape,
             workers=(1, 2),
             every=scenario.every,
-            storage=str(self._storage),
+            storage=str(self.storage),
             out=str(self._out),
             control=str(self._control) if switched else None,
         )
         self.driver = Driver(job, nodes.address, directory / "driver.log")
-        self.watch = Watch(self._storage / "run", self._out)
+        self.watch = Watch(self.storage / "run", self._out)
         self.struck: list[float] = []
         self.drained: list[Drained] = []
         self._later: list[tuple[float, Callable[[], None]]] = []
@@ -73,9 +80,9 @@ class Stage:
         self.began = time.monotonic()
 
     def play(self) -> None:
-        """Run the job to its end, with all that strikes it. Raises `Stuck`."""
+        """Run the job to its end, with all that strikes it. Raises `StuckError`."""
         for strike in self.scenario.strikes:
-            self.until(lambda s=strike: self._reached(s.step), f"step {strike.step}")  # type: ignore[misc]
+            self.until(partial(self._reached, strike.step), f"step {strike.step}")
             time.sleep(strike.delay)
             self.watch.look()
             self.struck.append(time.time())
@@ -88,7 +95,7 @@ class Stage:
         """Keep all going until `condition` holds."""
         while not condition():
             if time.monotonic() > self._deadline:
-                raise Stuck(f"waited in vain for {what}")
+                raise StuckError(f"waited in vain for {what}")
             self.driver.supervise()
             self.watch.look()
             now = time.monotonic()
@@ -107,7 +114,7 @@ class Stage:
         if self.driver.exits or self.nodes.processes():
             self.nodes.forget()
         if self._mounted:
-            subprocess.run(["umount", "--lazy", str(self._storage)], check=True)
+            subprocess.run(["umount", "--lazy", str(self.storage)], check=True)  # noqa: S607
 
     # --- what faults do ----------------------------------------------------------------
 
@@ -119,16 +126,23 @@ class Stage:
         """
         found: list[Rank] = []
 
-        def lives() -> bool:
+        def there() -> bool:
             found[:] = self._alive(rank, stepping=stepping)
             return bool(found)
 
-        self.until(lives, f"rank {rank} to live")
+        self.until(there, f"rank {rank} to live")
         return found[0]
 
     def kill(self, pid: int) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+
+    def end_attempt(self, rank: int) -> None:
+        """Kill a worker, and wait until the others of its life are gone too."""
+        victim = self.victim(rank)
+        pids = [each.pid for each in self.watch.lives()[-1].ranks.values()]
+        self.kill(victim.pid)
+        self.until(lambda: not any(map(_lives, pids)), "the group to end")
 
     def lose(self, node: str, back: float | None) -> None:
         """A node goes, and another comes `back` seconds later; at once if none is left."""
@@ -145,8 +159,10 @@ class Stage:
         """Ray is told that a node goes in `notice` seconds."""
         life = self.watch.lives()[-1]
         if in_time:
-            taken = time.time() + taken_after
-            self.drained.append(Drained(step=life.step, life=life.number, taken=taken))
+            now = time.time()
+            self.drained.append(
+                Drained(life=life.number, step=life.step, announced=now, taken=now + taken_after)
+            )
         self.nodes.drain(node, notice)
         self.later(taken_after, lambda: self.lose(node, back))
 
@@ -159,7 +175,7 @@ class Stage:
         if not self._mounted:
             self.switch(Switch(trouble="full", scope="uploads", until=time.time() + seconds))
             return
-        ballast = self._storage / "ballast"
+        ballast = self.storage / "ballast"
         with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
             while True:
                 file.write(bytes(4096))
@@ -174,9 +190,13 @@ class Stage:
         lives: list[Life] = self.watch.lives()[-1:]
         for life in lives:
             found = life.ranks.get(min(rank, life.world_size - 1))
-            if found is not None and Path(f"/proc/{found.pid}").exists():
+            if found is not None and _lives(found.pid):
                 return [found] if found.steps or not stepping else []
         return []
+
+
+def _lives(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
 
 
 def _mounted(directory: Path) -> bool:

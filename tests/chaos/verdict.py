@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
+import math
 import re
 import time
 from collections.abc import Iterator
@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ray_accel_ckpt import open_checkpoint
 from ray_accel_ckpt.errors import AccelCkptError
+from ray_accel_ckpt.runtime.sweep import sweep_run
 from tests.chaos.cluster import Nodes
 from tests.chaos.records import Life
 from tests.chaos.reference import order
@@ -21,10 +22,6 @@ from tests.chaos.watch import Watch
 
 GRACE = 30.0
 """Seconds that Ray has to end its own helpers of a run that is over."""
-
-SAVES_ON_NOTICE = importlib.util.find_spec("ray_accel_ckpt.runtime.heartbeat") is not None
-SWEEPS = importlib.util.find_spec("ray_accel_ckpt.storage.sweep") is not None
-"""Whether orphans in a run's directory are removed; else they are only noted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,15 +59,15 @@ def judge(stage: Stage, untouched: list[str]) -> Outcome:
         *_result(stage),
         *_processes(stage.nodes, lives),
     ]
-    orphans = [f"orphan left: {name}" for name in stage.watch.orphans()]
+    left = stage.watch.orphans()
     return Outcome(
         scenario=stage.scenario,
         seconds=seconds,
         lives=len(lives),
         starts=stage.driver.starts,
         lost=lost(lives),
-        wrong=(*wrong, *(orphans if SWEEPS else [])),
-        notes=() if SWEEPS else tuple(orphans),
+        wrong=(*wrong, *_orphans(stage)),
+        notes=(f"left to sweep_run: {', '.join(left)}",) if left else (),
     )
 
 
@@ -122,14 +119,21 @@ def samples(lives: list[Life], *, epochs: int) -> Iterator[str]:
     if sorted(counted) != list(range(1, len(counted) + 1)):
         yield f"steps are missing: there are {sorted(counted)}"
     for epoch in range(epochs):
-        came = [i for step in sorted(counted) for i in counted[step][1] if counted[step][0] == epoch]
+        steps = [counted[step] for step in sorted(counted)]
+        came = [index for of, indices in steps if of == epoch for index in indices]
         if came != order(epoch):
             yield f"another order in epoch {epoch}: {came}"
 
 
 def resumed(lives: list[Life], watch: Watch) -> Iterator[str]:
-    """No step is lost that was saved: each life goes on from what was registered before it."""
+    """No step is lost that was saved: each life goes on from what was registered before it.
+
+    But for what the campaign has damaged: that must be passed over.
+    """
     for life in lives:
+        first = life.ranks[0]
+        if watch.damaged.get(first.source or "", math.inf) < first.began:
+            yield f"life {life.number} resumed from {first.source}, which is damaged"
         floor = watch.floor(life.ranks[0].began)
         if life.resumed is not None and life.resumed < floor:
             yield f"life {life.number} resumed at {life.resumed}, registered was {floor}"
@@ -137,13 +141,13 @@ def resumed(lives: list[Life], watch: Watch) -> Iterator[str]:
 
 def _noticed(stage: Stage, lives: list[Life]) -> Iterator[str]:
     """With enough notice nothing is lost that was done before it, unless more struck meanwhile."""
-    for drained in stage.drained if SAVES_ON_NOTICE else []:
-        after = [life for life in lives if life.number == drained.life + 1]
-        announced = drained.taken - 7
-        others = [struck for struck in stage.struck if announced < struck < drained.taken]
-        for life in after:
-            if len(others) <= 1 and life.resumed is not None and life.resumed < drained.step:
-                yield f"life {life.number} resumed at {life.resumed}, notice at {drained.step}"
+    for drained in stage.drained:
+        if any(drained.announced < struck < drained.taken for struck in stage.struck):
+            continue
+        for life in lives:
+            resumed = life.resumed
+            if life.number == drained.life + 1 and resumed is not None and resumed < drained.step:
+                yield f"life {life.number} resumed at {resumed}, the notice came at {drained.step}"
 
 
 def _result(stage: Stage) -> Iterator[str]:
@@ -161,6 +165,12 @@ def _result(stage: Stage) -> Iterator[str]:
         yield f"the last checkpoint is not good: {e}"
 
 
+def _orphans(stage: Stage) -> Iterator[str]:
+    """What a run did not live to sweep itself, `sweep_run` does."""
+    sweep_run(stage.storage, "run")
+    yield from (f"orphan left: {name}" for name in stage.watch.orphans())
+
+
 def _processes(nodes: Nodes, lives: list[Life]) -> Iterator[str]:
     """None of the run's is left, nor what one held; Ray is given a moment to end its own."""
     workers = {rank.pid for life in lives for rank in life.ranks.values()}
@@ -171,5 +181,6 @@ def _processes(nodes: Nodes, lives: list[Life]) -> Iterator[str]:
         yield f"process left: {pid} {title}{' (a worker)' if pid in workers else ''}"
     for path in Path("/dev/shm").iterdir():
         # The machine may be shared: only what bears our name, or the number of a worker.
-        if "ray_accel_ckpt" in path.name or workers & set(map(int, re.findall("[0-9]+", path.name))):
+        numbers = set(map(int, re.findall("[0-9]+", path.name)))
+        if "ray_accel_ckpt" in path.name or workers & numbers:
             yield f"left in /dev/shm: {path.name}"

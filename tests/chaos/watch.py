@@ -31,13 +31,13 @@ class Watch:
 
     Attributes:
         seen: every checkpoint that was ever registered, by name, and when that was first seen.
-        damaged: names of those that the campaign has damaged.
+        damaged: the names of those that the campaign has damaged, and when.
     """
 
     def __init__(self, run: Path, out: Path) -> None:
         self._run, self._out = run, out
         self.seen: dict[str, tuple[float, Registered]] = {}
-        self.damaged: set[str] = set()
+        self.damaged: dict[str, float] = {}
 
     def lives(self) -> list[Life]:
         return read_lives(self._out)
@@ -54,6 +54,15 @@ class Watch:
             Registered(path=self._run / name, step=int(re.split("_", name)[1]))
             for name in self._names()
         ]
+
+    def whole(self) -> list[Path]:
+        """Checkpoints of which each rank's manifest is there, oldest first, known to Ray or not."""
+        found = []
+        for path in sorted(self._run.glob("checkpoint_*_*")):
+            manifests = list(path.glob("manifest-*-of-*.json"))
+            if manifests and len(manifests) == int(manifests[0].stem.rpartition("-")[2]):
+                found.append(path)
+        return found
 
     def floor(self, before: float) -> int:
         """The step of the newest good checkpoint seen registered before a moment; 0 if none."""
