@@ -116,7 +116,7 @@ class DrainInTime(Fault):
 
     @classmethod
     def drawn(cls, rng: random.Random, shape: Shape) -> Fault:
-        return cls(rank=_rank(rng), notice=round(rng.uniform(5, 7), 1), back=_back(rng, shape))
+        return cls(rank=_rank(rng), notice=round(rng.uniform(5, 11), 1), back=_back(rng, shape))
 
     def strike(self, stage: Stage) -> None:
         node = stage.victim(self.rank, stepping=True).node
