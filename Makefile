@@ -11,7 +11,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export RAY_DEDUP_LOGS := 1
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: demo demo-elastic test test-all lint pure gloo ray-tests examples benchmark clean
+.PHONY: demo demo-elastic test test-all lint pure gloo ray-tests chaos chaos-tests examples benchmark clean
 
 demo: $(STAMP)
 	$(RUN) examples/resume_digits.py
@@ -19,7 +19,7 @@ demo: $(STAMP)
 demo-elastic: $(STAMP)
 	$(RUN) examples/elastic_gpt.py
 
-test: lint pure gloo ray-tests
+test: lint pure gloo ray-tests chaos-tests
 
 test-all: test examples
 
@@ -37,6 +37,18 @@ gloo: $(STAMP)
 
 ray-tests: $(STAMP)
 	$(RUN) -m pytest -q tests/ray
+
+# A fixed dozen of what `chaos` plays.
+chaos-tests: $(STAMP)
+	$(RUN) -m pytest -q tests/chaos
+
+# Faults at random moments: SEED is the first, RUNS how many, OUT a file for the table.
+# With TRACE, nodes come and go as that spot trace says.
+SEED ?= 1
+RUNS ?= 10
+chaos: $(STAMP)
+	$(RUN) -m tests.chaos --seed $(SEED) --runs $(RUNS) \
+		$(if $(OUT),--out $(OUT)) $(if $(TRACE),--trace $(TRACE))
 
 examples: $(STAMP)
 	$(RUN) -m pytest -q tests/examples
