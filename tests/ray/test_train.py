@@ -52,9 +52,9 @@ def test_killed_in_its_last_save_a_run_has_its_end_as_result(tmp_path: Path) -> 
     marker = tmp_path / "killed"
     point = "after the manifest, before Ray registers"
     fault = {"point": point, "rank": 0, "after": 23, "marker": str(marker)}
-    # Each save is registered before the next, so that it is the last one that is not.
+    # 24 steps: only the end is saved after the 20th, and all before it are registered by then.
     run = str(tmp_path / "run")
-    result = fit(tmp_path, "run", workers=1, epochs=1, faults=[fault], run=run)
+    result = fit(tmp_path, "run", workers=1, epochs=1, every=5, faults=[fault], run=run)
     assert marker.exists(), "the worker was not killed"
     resumed_from = records(tmp_path, "run", workers=1)[0]["resumed_from"]
     assert step_of(Path(resumed_from).name) == 24
