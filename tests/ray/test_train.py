@@ -18,6 +18,7 @@ from ray.train.torch import TorchTrainer
 from torch import nn
 
 from ray_accel_ckpt import Checkpointer, EverySteps, errors, heal_run, open_checkpoint, run_config
+from ray_accel_ckpt.storage.catalog import step_of
 from tests.ray.faults import POINTS
 from tests.ray.runs import EVERY, digests, fit, loop, records
 
@@ -51,10 +52,12 @@ def test_killed_in_its_last_save_a_run_has_its_end_as_result(tmp_path: Path) -> 
     marker = tmp_path / "killed"
     point = "after the manifest, before Ray registers"
     fault = {"point": point, "rank": 0, "after": 23, "marker": str(marker)}
-    result = fit(tmp_path, "run", workers=1, epochs=1, faults=[fault])
+    # 24 steps: only the end is saved after the 20th, and all before it are registered by then.
+    run = str(tmp_path / "run")
+    result = fit(tmp_path, "run", workers=1, epochs=1, every=5, faults=[fault], run=run)
     assert marker.exists(), "the worker was not killed"
     resumed_from = records(tmp_path, "run", workers=1)[0]["resumed_from"]
-    assert open_checkpoint(resumed_from).step == 24
+    assert step_of(Path(resumed_from).name) == 24
     saved = open_checkpoint(result.checkpoint)
     assert (saved.step, saved.epoch) == (24, 1)
     assert saved.path != resumed_from, "it was registered: nothing is shown"

@@ -87,6 +87,8 @@ def test_newer_whole_checkpoints_are_adopted_in_their_order(run: Path) -> None:
     ray = Ray(run, config)
     assert ray.names == [older, latest, first, second]
     assert ray.latest.metrics == {}
+    state = json.loads((run / SNAPSHOT).read_text())
+    assert (state["checkpoint_report_indices"], state["current_report_index"]) == ([0, 1, 2, 3], 4)
     assert Path(ray.latest.checkpoint.path).name == second
     ray.register(_saved(run, 24))
     assert ray.names == [second, checkpoint_name(24, "aaaaaa")]
@@ -141,6 +143,8 @@ def test_with_a_score_those_whose_metrics_are_lost_rank_last(
     if torn:
         (run / SNAPSHOT).write_text('{"ray_version"')
     assert _heal(run, config)[-1] == f"checkpoint {adopted} {ADOPTED}"
+    if not torn:
+        assert Ray(run, config).names == [adopted, known]
     for step, score in ((12, 2.0), (16, best), (20, 2.0)):
         # A driver for each: what is adopted must come through Ray's own writing.
         ray = Ray(run, config)

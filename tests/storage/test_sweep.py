@@ -288,6 +288,16 @@ def test_a_run_that_adopted_a_checkpoint(memory: MemoryFilesystem) -> None:
     assert len(recording.reads) == reads, "nothing is left, and it looks all the same"
 
 
+def test_a_save_that_comes_back_after_a_clean_look(memory: MemoryFilesystem) -> None:
+    latest = _saved(memory, 8)
+    _register(memory, latest)
+    sweeper = _sweeper(memory, resumed_from=latest, registered=latest)
+    _run(sweeper)
+    _saved(memory, 12, ranks=1)
+    _run(sweeper)
+    assert _directories(memory) == {latest}
+
+
 def test_what_ray_is_about_to_delete_is_left_to_ray(memory: MemoryFilesystem) -> None:
     evicted, latest = _saved(memory, 4), _saved(memory, 8)
     registered = latest
