@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import random
 import re
 from collections.abc import Callable
 from typing import TypeVar
@@ -53,6 +54,16 @@ _REMEDIES = {
 }
 
 
+# A stream of its own: tenacity's jitter draws from python's global one, which the training uses.
+_jitter = random.SystemRandom()
+
+
+def _wait(state: tenacity.RetryCallState) -> float:
+    """Seconds before the next attempt: up to twice as many each time, drawn at random."""
+    longest = min(_LONGEST_WAIT, _FIRST_WAIT * 2 ** min(state.attempt_number - 1, 16))
+    return _jitter.uniform(0, longest)
+
+
 def retried(operation: Callable[[], T], *, what: str, where: str, timeout: float) -> T:
     """Run `operation` until it succeeds, fails for good, or `timeout` seconds have passed.
 
@@ -68,7 +79,7 @@ def retried(operation: Callable[[], T], *, what: str, where: str, timeout: float
     """
     retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception(may_pass),
-        wait=tenacity.wait_random_exponential(multiplier=_FIRST_WAIT, max=_LONGEST_WAIT),
+        wait=_wait,
         stop=tenacity.stop_after_delay(timeout),
         before_sleep=lambda state: logger.warning(
             "could not %s (%s), attempt %d: %s; trying again",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import random
 from collections.abc import Callable
 
 import pytest
@@ -215,3 +216,17 @@ def test_a_checkpointer_gives_up_after_its_timeout(
     route(FaultyFilesystem(memory, Fault(TimeoutError("slow"), operation="write", times=None)))
     with pytest.raises(StorageTimeoutError, match=r"within 0\.001 s"):
         _trainer(0.001)[0].save_state("there")
+
+
+def test_trying_again_draws_nothing_from_the_streams_of_the_training() -> None:
+    random.seed(3)
+    before = random.getstate()
+    failures = iter([OSError("slow down"), OSError("slow down")])
+
+    def operation() -> str:
+        for failure in failures:
+            raise failure
+        return "done"
+
+    assert retried(operation, what="write", where="there", timeout=30) == "done"
+    assert random.getstate() == before
