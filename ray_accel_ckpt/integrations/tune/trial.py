@@ -1,0 +1,231 @@
+"""A trial: a `TorchTrainer` inside a Tune function, its reports passed on to Tune.
+
+What happens in which process: the workers save and report to the controller of
+their Ray Train run, as ever. The controller's callback puts each report into a
+queue and never waits, for whatever it did wrong would end the run. The Tune
+function takes the reports out and hands them to Tune, and there Tune stops it.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+import ray.tune
+from ray.exceptions import RayError
+from ray.train import UserCallback
+from ray.train.torch import TorchTrainer
+from ray.util.queue import Empty, Queue
+
+from ray_accel_ckpt.errors import ConfigurationError
+from ray_accel_ckpt.integrations.tune.runs import TrialRuns, named_by
+from ray_accel_ckpt.runtime.configs import run_config
+from ray_accel_ckpt.storage.filesystem import wrap
+from ray_accel_ckpt.storage.reference import REFERENCE
+
+if TYPE_CHECKING:
+    from ray.train import ScalingConfig
+
+logger = logging.getLogger(__name__)
+
+MAX_FAILURES = 10
+"""Failures that a trial's run survives before the trial fails. Less than a single run's:
+some hyperparameters cannot work, and the search has to learn of it."""
+
+_POLL = 1.0
+"""Seconds after which the function looks whether the run has ended without a word."""
+
+_OURS = ("name", "storage_path", "storage_filesystem")
+
+
+def trainable(
+    train_loop_per_worker: Callable[[dict[str, Any]], Any],
+    *,
+    scaling_config: ScalingConfig,
+    run_options: Mapping[str, Any] | None = None,
+    **trainer_options: Any,
+) -> Callable[[dict[str, Any]], None]:
+    """A function trainable for `ray.tune.Tuner`, whose trials are Ray Train runs.
+
+    The loop is an ordinary one: a `Checkpointer`, `load_state` before the loop,
+    saves with metrics. Its ``config`` is the trial's, from `param_space`. Each save
+    is one report to Tune, one `training_iteration`.
+
+    A trial that is started again, after a failure or by `Tuner.restore`, goes on
+    with the same bits. One that exploits another trial loads all of the other's state:
+    set afterwards what `config` is to decide. A stopped trial's workers are ended.
+
+    Args:
+        scaling_config: the workers of each trial. Beside them the trial's function
+            takes what `ray.tune.with_resources` says, one CPU by default.
+        run_options: for `ray_accel_ckpt.run_config`. Different from there,
+            `num_to_keep` is None, so that every checkpoint that Tune knows exists,
+            and `max_failures` is 10. Name and storage are the experiment's.
+        trainer_options: whatever else `TorchTrainer` takes, e.g. `datasets`.
+
+    Raises:
+        ConfigurationError: an option that Tune decides; no workers.
+    """
+    options = {"num_to_keep": None, "max_failures": MAX_FAILURES, **(run_options or {})}
+    for given, taken in ((_OURS, options), (("run_config", "train_loop_config"), trainer_options)):
+        if wrong := [name for name in given if name in taken]:
+            raise ConfigurationError(
+                f"{', '.join(wrong)} cannot be given for the trials of an experiment",
+                remedy="name and storage go to tune.RunConfig, the loop's config to param_space, "
+                "the rest of a run's config to run_options",
+            )
+    if scaling_config.num_workers == 0:
+        raise ConfigurationError(
+            "a trial needs workers",
+            why="Ray Train's local mode (num_workers=0) has no storage",
+            remedy="ScalingConfig(num_workers=1)",
+        )
+    # `run_config` takes each of these two or its short form.
+    for long, short in (("checkpoint_config", "num_to_keep"), ("failure_config", "max_failures")):
+        if long in options and short not in (run_options or {}):
+            del options[short]
+
+    def run_trial(config: dict[str, Any]) -> None:
+        trial = _Trial.this()
+
+        def trainer(run: str, callback: UserCallback) -> TorchTrainer:
+            return TorchTrainer(
+                train_loop_per_worker,
+                train_loop_config=config,
+                scaling_config=scaling_config,
+                run_config=run_config(
+                    run,
+                    trial.runs.directory,
+                    storage_filesystem=trial.arrow,
+                    **{**options, "callbacks": [*(options.get("callbacks") or ()), callback]},
+                ),
+                **trainer_options,
+            )
+
+        trial.run(trainer)
+
+    # Tune names experiments and trials by it.
+    run_trial.__name__ = getattr(train_loop_per_worker, "__name__", "trial")
+    return run_trial
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Report:
+    metrics: Mapping[str, Any]
+    checkpoint: str | None
+    controller: Any = None
+
+
+class _Forward(UserCallback):  # type: ignore[misc]  # Ray's classes have no types here
+    """In the controller: puts reports into the trial's queue, which has no bound."""
+
+    def __init__(self, inbox: Queue) -> None:
+        self._inbox = inbox
+
+    def after_report(
+        self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any
+    ) -> None:
+        path = None if checkpoint is None else checkpoint.path
+        controller = ray.get_runtime_context().current_actor
+        try:
+            self._inbox.put(_Report(metrics=metrics[0], checkpoint=path, controller=controller))
+        except RayError as e:
+            # The function has died, and this process is about to.
+            logger.warning("a report could not be passed on to Tune: %s", e)
+
+
+@dataclass(kw_only=True)
+class _Trial:
+    """One life of one trial, in the process of its Tune function."""
+
+    runs: TrialRuns
+    arrow: Any
+    handed: str | None
+    _told: bool = False
+
+    @classmethod
+    def this(cls) -> _Trial:
+        """The trial that this process runs."""
+        context = ray.tune.get_context()
+        storage = context.get_storage()
+        filesystem = wrap(storage.storage_filesystem)
+        handed = ray.tune.get_checkpoint()
+        return cls(
+            runs=TrialRuns(
+                filesystem=filesystem,
+                directory=storage.trial_fs_path.rstrip("/"),
+                trial=context.get_trial_id(),
+            ),
+            arrow=storage.storage_filesystem,
+            handed=None if handed is None else named_by(filesystem, handed.path),
+        )
+
+    def run(self, trainer: Callable[[str, UserCallback], TorchTrainer]) -> None:
+        """Run to the end, telling Tune of each report on the way."""
+        run = self.runs.choose(self.handed)
+        inbox = Queue(actor_options={"num_cpus": 0})
+        ended = _in_background(trainer(run, _Forward(inbox)).fit)
+        controller = None
+        last = self.handed
+        try:
+            while (report := _next(inbox, ended)) is not None:
+                controller = report.controller
+                last = report.checkpoint or last
+                self._report(run, report)
+            result = ended.result()
+            # A life before this one may have died between the last save and telling of it.
+            if result.checkpoint is not None and result.checkpoint.path != last:
+                end = _Report(metrics=result.metrics or {}, checkpoint=result.checkpoint.path)
+                self._report(run, end)
+        finally:
+            # Tune ends a trial by ending this thread in `report`. The process may live on, for
+            # the next trial, and with it the run that is not wanted any more.
+            if controller is not None:
+                ray.kill(controller)
+
+    def _report(self, run: str, report: _Report) -> None:
+        if report.checkpoint is None:
+            ray.tune.report(dict(report.metrics))
+            return
+        if not self._told:
+            self.runs.tell(run)
+            self._told = True
+        with tempfile.TemporaryDirectory() as local:
+            Path(local, REFERENCE).write_bytes(self.runs.reference(report.checkpoint))
+            ray.tune.report(
+                dict(report.metrics), checkpoint=ray.tune.Checkpoint.from_directory(local)
+            )
+
+
+def _next(inbox: Queue, ended: Future[Any]) -> _Report | None:
+    """The next report; None if the run has ended and there is no more."""
+    while True:
+        # Before looking: what is reported before the end is in the queue by then.
+        last = ended.done()
+        try:
+            report: _Report = inbox.get(timeout=_POLL)
+            return report
+        except Empty:
+            if last:
+                return None
+
+
+def _in_background(function: Callable[[], Any]) -> Future[Any]:
+    """Call it in a thread that does not keep the process alive."""
+    future: Future[Any] = Future()
+
+    def call() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as e:  # noqa: BLE001 - raised where the result is asked for
+            future.set_exception(e)
+
+    threading.Thread(target=call, daemon=True).start()
+    return future
