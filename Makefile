@@ -11,13 +11,16 @@ export RAY_USAGE_STATS_ENABLED := 0
 export RAY_DEDUP_LOGS := 1
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: demo demo-elastic test test-all lint pure gloo ray-tests examples benchmark clean
+.PHONY: demo demo-elastic demo-tune test test-all lint pure gloo ray-tests examples benchmark clean
 
 demo: $(STAMP)
 	$(RUN) examples/resume_digits.py
 
 demo-elastic: $(STAMP)
 	$(RUN) examples/elastic_gpt.py
+
+demo-tune: $(STAMP)
+	$(RUN) examples/tune_pbt.py
 
 test: lint pure gloo ray-tests
 

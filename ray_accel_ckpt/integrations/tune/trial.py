@@ -4,6 +4,10 @@ What happens in which process: the workers save and report to the controller of
 their Ray Train run, as ever. The controller's callback puts each report into a
 queue and never waits, for whatever it did wrong would end the run. The Tune
 function takes the reports out and hands them to Tune, and there Tune stops it.
+
+A stopped trial has to end its run itself. Should its process just exit, Ray would end
+the run's processes, but the workers' placement group, with all their resources,
+would wait for a cleaner of Ray Train's, which needs the cluster's dashboard.
 """
 
 from __future__ import annotations
@@ -19,9 +23,10 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.tune
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 from ray.train import UserCallback
 from ray.train.torch import TorchTrainer
+from ray.tune.trainable.function_trainable import wrap_function
 from ray.util.queue import Empty, Queue
 
 from ray_accel_ckpt.errors import ConfigurationError
@@ -39,9 +44,13 @@ MAX_FAILURES = 10
 """Failures that a trial's run survives before the trial fails. Less than a single run's:
 some hyperparameters cannot work, and the search has to learn of it."""
 
+_END_TIMEOUT = 60.0
+"""Seconds that a stopped trial's run is given to end. Ray Train gives its workers 5."""
+
 _POLL = 1.0
 """Seconds after which the function looks whether the run has ended without a word."""
 
+_METRICS = "metrics"
 _OURS = ("name", "storage_path", "storage_filesystem")
 
 
@@ -51,8 +60,8 @@ def trainable(
     scaling_config: ScalingConfig,
     run_options: Mapping[str, Any] | None = None,
     **trainer_options: Any,
-) -> Callable[[dict[str, Any]], None]:
-    """A function trainable for `ray.tune.Tuner`, whose trials are Ray Train runs.
+) -> type[ray.tune.Trainable]:
+    """A trainable for `ray.tune.Tuner`, whose trials are Ray Train runs.
 
     The loop is an ordinary one: a `Checkpointer`, `load_state` before the loop,
     saves with metrics. Its ``config`` is the trial's, from `param_space`. Each save
@@ -112,8 +121,23 @@ def trainable(
         trial.run(trainer)
 
     # Tune names experiments and trials by it.
-    run_trial.__name__ = getattr(train_loop_per_worker, "__name__", "trial")
-    return run_trial
+    name = getattr(train_loop_per_worker, "__name__", "trial")
+    return type(name, (_Ending, wrap_function(run_trial, name=name)), {})
+
+
+class _Ending:
+    """A function trainable that, stopped by Tune, exits when its run has ended."""
+
+    def cleanup(self) -> None:
+        """Called by Tune. The function's thread is told to end, and is not waited for by Ray."""
+        super().cleanup()  # type: ignore[misc]
+        if not _ENDED.wait(_END_TIMEOUT):
+            logger.warning("the run of a stopped trial has not ended in %d s", _END_TIMEOUT)
+
+
+_ENDED = threading.Event()
+"""No run is going on in this process, which runs one trial at a time."""
+_ENDED.set()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,11 +167,17 @@ class _Forward(UserCallback):  # type: ignore[misc]  # Ray's classes have no typ
 
 @dataclass(kw_only=True)
 class _Trial:
-    """One life of one trial, in the process of its Tune function."""
+    """One life of one trial, in the process of its Tune function.
+
+    Attributes:
+        handed: the checkpoint that Tune's stands for, if it handed one over.
+        metrics: those last reported, before this life those of `handed`.
+    """
 
     runs: TrialRuns
     arrow: Any
     handed: str | None
+    metrics: Mapping[str, Any]
     _told: bool = False
 
     @classmethod
@@ -165,50 +195,66 @@ class _Trial:
             ),
             arrow=storage.storage_filesystem,
             handed=None if handed is None else named_by(filesystem, handed.path),
+            metrics={} if handed is None else handed.get_metadata().get(_METRICS, {}),
         )
 
     def run(self, trainer: Callable[[str, UserCallback], TorchTrainer]) -> None:
         """Run to the end, telling Tune of each report on the way."""
         run = self.runs.choose(self.handed)
         inbox = Queue(actor_options={"num_cpus": 0})
-        ended = _in_background(trainer(run, _Forward(inbox)).fit)
+        _ENDED.clear()
+        fitting = _in_background(trainer(run, _Forward(inbox)).fit)
         controller = None
         last = self.handed
         try:
-            while (report := _next(inbox, ended)) is not None:
+            while (report := _next(inbox, fitting)) is not None:
                 controller = report.controller
                 last = report.checkpoint or last
                 self._report(run, report)
-            result = ended.result()
+            result = fitting.result()
             # A life before this one may have died between the last save and telling of it.
             if result.checkpoint is not None and result.checkpoint.path != last:
                 end = _Report(metrics=result.metrics or {}, checkpoint=result.checkpoint.path)
                 self._report(run, end)
         finally:
-            # Tune ends a trial by ending this thread in `report`. The process may live on, for
-            # the next trial, and with it the run that is not wanted any more.
-            if controller is not None:
-                ray.kill(controller)
+            # Tune ends a trial by ending this thread in `report`, and the run goes on.
+            if controller is not None and not fitting.done():
+                _abort(controller)
+            _ENDED.set()
 
     def _report(self, run: str, report: _Report) -> None:
+        # A life that began at the end of the loop saves it without a step, and so without
+        # metrics. Tune takes no report that lacks what it searches for.
+        self.metrics = report.metrics or self.metrics
         if report.checkpoint is None:
-            ray.tune.report(dict(report.metrics))
+            ray.tune.report(dict(self.metrics))
             return
         if not self._told:
             self.runs.tell(run)
             self._told = True
         with tempfile.TemporaryDirectory() as local:
             Path(local, REFERENCE).write_bytes(self.runs.reference(report.checkpoint))
-            ray.tune.report(
-                dict(report.metrics), checkpoint=ray.tune.Checkpoint.from_directory(local)
-            )
+            checkpoint = ray.tune.Checkpoint.from_directory(local)
+            checkpoint.set_metadata({_METRICS: dict(self.metrics)})
+            ray.tune.report(dict(self.metrics), checkpoint=checkpoint)
 
 
-def _next(inbox: Queue, ended: Future[Any]) -> _Report | None:
+def _abort(controller: Any) -> None:
+    """End a run: its workers, their resources, and the controller itself."""
+    try:
+        ray.get(controller.abort.remote(), timeout=_END_TIMEOUT)
+    except RayActorError:
+        return  # How it ends.
+    except RayError as e:
+        logger.warning("the run of a stopped trial could not be ended in order: %s", e)
+        ray.kill(controller)
+
+
+def _next(inbox: Queue, fitting: Future[Any]) -> _Report | None:
     """The next report; None if the run has ended and there is no more."""
     while True:
         # Before looking: what is reported before the end is in the queue by then.
-        last = ended.done()
+        last = fitting.done()
         try:
             report: _Report = inbox.get(timeout=_POLL)
             return report
