@@ -10,7 +10,7 @@ from ray.train import ScalingConfig
 
 from ray_accel_ckpt.errors import ConfigurationError, CorruptCheckpointError, NotACheckpointError
 from ray_accel_ckpt.integrations.tune import trainable
-from ray_accel_ckpt.integrations.tune.runs import TrialRuns, named_by
+from ray_accel_ckpt.integrations.tune.runs import TrialRuns, newest_reference, reference_at
 from ray_accel_ckpt.storage.catalog import inherited
 from ray_accel_ckpt.storage.fakes import MemoryFilesystem
 from ray_accel_ckpt.storage.reference import REFERENCE
@@ -115,7 +115,8 @@ def _handed(memory: MemoryFilesystem, name: str, target: str) -> str:
 
 
 def test_a_reference_of_a_trial_names_its_checkpoint(memory: MemoryFilesystem) -> None:
-    assert named_by(memory, _handed(memory, "checkpoint_000000", FIRST)) == FIRST
+    handed = _handed(memory, "checkpoint_000000", FIRST)
+    assert reference_at(memory, handed).checkpoint == FIRST
 
 
 def test_a_reference_that_tune_removed_is_replaced_by_the_newest(
@@ -126,7 +127,8 @@ def test_a_reference_that_tune_removed_is_replaced_by_the_newest(
     _handed(memory, "checkpoint_000010", SECOND)
     memory.files[f"{THERE}/checkpoint_000011/{REFERENCE}"] = b"torn"
     memory.delete(gone)
-    assert named_by(memory, gone) == SECOND
+    assert reference_at(memory, gone).checkpoint == SECOND
+    assert reference_at(memory, gone).path == f"{THERE}/checkpoint_000010"
     assert f"{gone} is gone" in caplog.text
     assert "checkpoint_000011" in caplog.text
 
@@ -134,16 +136,21 @@ def test_a_reference_that_tune_removed_is_replaced_by_the_newest(
 def test_a_checkpoint_of_another_trainable_is_refused(memory: MemoryFilesystem) -> None:
     memory.write(f"{THERE}/checkpoint_000000/model.pt", [b"x"])
     with pytest.raises(NotACheckpointError, match="no reference"):
-        named_by(memory, f"{THERE}/checkpoint_000000")
+        reference_at(memory, f"{THERE}/checkpoint_000000")
     with pytest.raises(NotACheckpointError, match="no reference"):
-        named_by(memory, f"{HERE}/checkpoint_000000")
+        reference_at(memory, f"{HERE}/checkpoint_000000")
 
 
 def test_a_damaged_reference_is_refused(memory: MemoryFilesystem) -> None:
     handed = _handed(memory, "checkpoint_000000", FIRST)
     memory.files[f"{handed}/{REFERENCE}"] = b"torn"
     with pytest.raises(CorruptCheckpointError):
-        named_by(memory, handed)
+        reference_at(memory, handed)
+
+
+def test_a_trial_that_told_nothing_has_no_newest_reference(memory: MemoryFilesystem) -> None:
+    memory.write(f"{HERE}/a-0/{REFERENCE}", [b"x"])
+    assert newest_reference(memory, HERE) is None
 
 
 def _loop(config: dict[str, Any]) -> None: ...

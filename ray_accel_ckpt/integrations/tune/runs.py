@@ -110,8 +110,31 @@ class TrialRuns:
         )
 
 
-def named_by(filesystem: Filesystem, handed: str) -> str:
-    """The checkpoint that Tune's checkpoint at `handed` stands for.
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """A directory `path` of Tune's, and the `checkpoint` that it stands for."""
+
+    path: str
+    checkpoint: str
+
+
+def newest_reference(filesystem: Filesystem, trial: str) -> Reference | None:
+    """The newest good one in the directory of a trial; None if there is none."""
+    names = filter(_OF_TUNE.fullmatch, _names(filesystem, trial))
+    for name in sorted(names, reverse=True):
+        path = f"{trial}/{name}"
+        try:
+            checkpoint = read_reference(filesystem, path, timeout=READ_TIMEOUT)
+        except CheckpointError as e:
+            logger.warning("passing over a checkpoint of a trial: %s", e)
+            continue
+        if checkpoint is not None:
+            return Reference(path=path, checkpoint=checkpoint)
+    return None
+
+
+def reference_at(filesystem: Filesystem, handed: str) -> Reference:
+    """What Tune's checkpoint at `handed` stands for.
 
     If Tune's own `num_to_keep` has removed it, the newest of the same trial is
     taken, with a warning.
@@ -120,21 +143,14 @@ def named_by(filesystem: Filesystem, handed: str) -> str:
         NotACheckpointError: it is none that this integration reported.
         CorruptCheckpointError: the reference is damaged.
     """
-    target = read_reference(filesystem, handed, timeout=READ_TIMEOUT)
-    if target is not None:
-        return target
+    checkpoint = read_reference(filesystem, handed, timeout=READ_TIMEOUT)
+    if checkpoint is not None:
+        return Reference(path=handed, checkpoint=checkpoint)
     if not _names(filesystem, handed):
-        trial = posixpath.dirname(handed)
-        left = sorted(filter(_OF_TUNE.fullmatch, _names(filesystem, trial)), reverse=True)
-        for name in left:
-            try:
-                target = read_reference(filesystem, f"{trial}/{name}", timeout=READ_TIMEOUT)
-            except CheckpointError as e:
-                logger.warning("passing over a checkpoint of a trial: %s", e)
-                continue
-            if target is not None:
-                logger.warning("%s is gone; going on from %s instead", handed, target)
-                return target
+        newest = newest_reference(filesystem, posixpath.dirname(handed))
+        if newest is not None:
+            logger.warning("%s is gone; going on from %s instead", handed, newest.checkpoint)
+            return newest
     raise NotACheckpointError(
         "a trial was handed a checkpoint that is no reference",
         where=handed,

@@ -30,7 +30,7 @@ from ray.tune.trainable.function_trainable import wrap_function
 from ray.util.queue import Empty, Queue
 
 from ray_accel_ckpt.errors import ConfigurationError
-from ray_accel_ckpt.integrations.tune.runs import TrialRuns, named_by
+from ray_accel_ckpt.integrations.tune.runs import TrialRuns, newest_reference, reference_at
 from ray_accel_ckpt.runtime.configs import run_config
 from ray_accel_ckpt.storage.filesystem import wrap
 from ray_accel_ckpt.storage.reference import REFERENCE
@@ -171,7 +171,7 @@ class _Trial:
 
     Attributes:
         handed: the checkpoint that Tune's stands for, if it handed one over.
-        metrics: those last reported, before this life those of `handed`.
+        metrics: those last reported, at first by a life before this one.
     """
 
     runs: TrialRuns
@@ -185,17 +185,22 @@ class _Trial:
         """The trial that this process runs."""
         context = ray.tune.get_context()
         storage = context.get_storage()
-        filesystem = wrap(storage.storage_filesystem)
+        arrow = storage.storage_filesystem
+        runs = TrialRuns(
+            filesystem=wrap(arrow),
+            directory=storage.trial_fs_path.rstrip("/"),
+            trial=context.get_trial_id(),
+        )
         handed = ray.tune.get_checkpoint()
+        reference = None if handed is None else reference_at(runs.filesystem, handed.path)
+        # Restored, Tune may have forgotten what it was last told. Storage has not.
+        known = reference or newest_reference(runs.filesystem, runs.directory)
+        metadata = {} if known is None else ray.tune.Checkpoint(known.path, arrow).get_metadata()
         return cls(
-            runs=TrialRuns(
-                filesystem=filesystem,
-                directory=storage.trial_fs_path.rstrip("/"),
-                trial=context.get_trial_id(),
-            ),
-            arrow=storage.storage_filesystem,
-            handed=None if handed is None else named_by(filesystem, handed.path),
-            metrics={} if handed is None else handed.get_metadata().get(_METRICS, {}),
+            runs=runs,
+            arrow=arrow,
+            handed=None if reference is None else reference.checkpoint,
+            metrics=metadata.get(_METRICS, {}),
         )
 
     def run(self, trainer: Callable[[str, UserCallback], TorchTrainer]) -> None:
