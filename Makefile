@@ -11,7 +11,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export RAY_DEDUP_LOGS := 1
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: demo demo-elastic test test-all lint pure gloo ray-tests chaos chaos-tests examples benchmark clean
+.PHONY: demo demo-elastic demo-tune test test-all lint pure gloo ray-tests chaos chaos-tests tune-tests examples benchmark clean
 
 demo: $(STAMP)
 	$(RUN) examples/resume_digits.py
@@ -19,9 +19,12 @@ demo: $(STAMP)
 demo-elastic: $(STAMP)
 	$(RUN) examples/elastic_gpt.py
 
+demo-tune: $(STAMP)
+	$(RUN) examples/tune_pbt.py
+
 test: lint pure gloo ray-tests chaos-tests
 
-test-all: test examples
+test-all: test tune-tests examples
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
@@ -49,6 +52,10 @@ RUNS ?= 10
 chaos: $(STAMP)
 	$(RUN) -m tests.chaos --seed $(SEED) --runs $(RUNS) \
 		$(if $(OUT),--out $(OUT)) $(if $(TRACE),--trace $(TRACE))
+
+# Not part of `test`: in work.
+tune-tests: $(STAMP)
+	$(RUN) -m pytest -q tests/tune
 
 examples: $(STAMP)
 	$(RUN) -m pytest -q tests/examples

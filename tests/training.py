@@ -67,6 +67,7 @@ def train(
     on_epoch_end: Callable[[int], None] = lambda epoch: None,
     on_loaded: Callable[[bool], None] = lambda resumed: None,
     shard: Callable[[nn.Module], nn.Module] = lambda model: model,
+    metrics: Callable[[int], dict[str, Any]] = lambda step: {},
 ) -> str:
     """Train and return a digest of everything this rank ended with."""
     torch.manual_seed(7)
@@ -87,7 +88,7 @@ def train(
             scheduler.step()
             optimizer.zero_grad()
             seen.update(x.numpy().tobytes())
-            ckpt.step(metrics=lambda loss=loss: {"loss": loss})
+            ckpt.step(metrics=lambda loss=loss: {"loss": loss, **metrics(ckpt.global_step)})
             on_step(ckpt.global_step)
         on_epoch_end(epoch)
     return digest(model, optimizer, scheduler)

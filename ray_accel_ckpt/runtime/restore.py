@@ -25,7 +25,6 @@ from ray_accel_ckpt.errors import (
     FormatVersionError,
     NotACheckpointError,
     NoUsableCheckpointError,
-    StorageError,
 )
 from ray_accel_ckpt.image.pieces import Piece, Staged
 from ray_accel_ckpt.image.reader import Snapshot
@@ -34,7 +33,7 @@ from ray_accel_ckpt.runtime.destination import Destination, Wanted
 from ray_accel_ckpt.runtime.group import Group
 from ray_accel_ckpt.state.bundle import Plan
 from ray_accel_ckpt.state.tree import unflatten
-from ray_accel_ckpt.storage.catalog import Candidate, ShardFetch, candidates, open_snapshot
+from ray_accel_ckpt.storage.catalog import ShardFetch, candidates, inherited, open_snapshot
 from ray_accel_ckpt.storage.filesystem import Filesystem
 
 logger = logging.getLogger(__name__)
@@ -77,6 +76,8 @@ class Restorer:
         Collective. Rank 0 lists, all ranks verify. A bad checkpoint is passed
         over with a warning that names the file and the fault. One that was
         never written whole is none: a run cut off in its first save starts anew.
+        A run that began from a checkpoint of another one begins from it again
+        as long as it has none of its own (`catalog.inherited`).
 
         Args:
             registered: Ray knows a checkpoint of this run, so there was a whole one.
@@ -88,8 +89,9 @@ class Restorer:
             StateMismatchError: the newest good one is of another state.
         """
         faults = []
-        whole = registered
-        for path in self._listed(directory):
+        own, begun_from = self._listed(directory)
+        whole = registered or bool(begun_from)
+        for path in [*own, *begun_from]:
             try:
                 return self.exactly(path)
             except FormatVersionError:
@@ -144,20 +146,20 @@ class Restorer:
 
     # --- agreeing ----------------------------------------------------------------------
 
-    def _listed(self, directory: str) -> list[str]:
-        """Rank 0's list on every rank: an eventually consistent listing need not be equal."""
-        listed: list[str] = []
-        problem = None
-        if self.group.rank == 0:
-            try:
-                found: list[Candidate] = candidates(self.filesystem, directory)
-                listed = [candidate.path for candidate in found]
-            except StorageError as e:
-                problem = e
-        answer = self.group.from_rank_zero([listed, str(problem) if problem else None])
-        if answer[1] is not None:
-            raise problem or StorageError(answer[1])
-        return list(answer[0])
+    def _listed(self, directory: str) -> tuple[list[str], list[str]]:
+        """Rank 0's lists on every rank: an eventually consistent listing need not be equal.
+
+        The run's own checkpoints, and those of another run that it began from.
+        """
+
+        def lists() -> tuple[list[str], list[str]] | None:
+            if self.group.rank != 0:
+                return None
+            own = [candidate.path for candidate in candidates(self.filesystem, directory)]
+            return own, inherited(self.filesystem, directory)
+
+        own, begun_from = self.group.from_rank_zero(self._agreed(lists))
+        return own, begun_from
 
     def _agreed(self, work: Callable[[], T]) -> T:
         """Run `work`; if any rank failed, every rank raises that failure."""

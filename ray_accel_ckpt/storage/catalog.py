@@ -2,7 +2,8 @@
 
 A directory is a checkpoint when the manifests of all its ranks are there, agree,
 and each shard has the stated length. Everything else in a run's directory, a
-user's own folders included, is none of our business and is left alone.
+user's own folders included, is none of our business and is left alone. A directory
+may also hold a reference and stand for a checkpoint that lies elsewhere.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from ray_accel_ckpt.image.manifest import Manifest, manifest_name, shard_name
 from ray_accel_ckpt.image.pieces import Piece, Staged
 from ray_accel_ckpt.image.reader import Snapshot
 from ray_accel_ckpt.storage.filesystem import Filesystem
+from ray_accel_ckpt.storage.reference import ORIGIN, REFERENCE, read_reference
 from ray_accel_ckpt.storage.retry import retried
 
 READ_TIMEOUT = 120.0
@@ -70,8 +72,29 @@ def candidates(
     return sorted(found, key=lambda c: (c.number, c.name), reverse=True)
 
 
+def inherited(
+    filesystem: Filesystem, directory: str, *, timeout: float = READ_TIMEOUT
+) -> list[str]:
+    """Paths that a run in `directory` begins from, the best first; empty for most runs.
+
+    The checkpoint that the run's origin names, and then, should that one be gone,
+    the others of its run, the highest number first.
+
+    Raises:
+        CorruptCheckpointError: the run has an origin and it is damaged.
+    """
+    origin = read_reference(filesystem, directory, ORIGIN, timeout=timeout)
+    if origin is None:
+        return []
+    run = origin.rpartition("/")[0]
+    others = [c.path for c in candidates(filesystem, run, timeout=timeout)]
+    return [origin, *(path for path in others if path != origin)]
+
+
 def open_snapshot(filesystem: Filesystem, path: str, *, timeout: float = READ_TIMEOUT) -> Snapshot:
     """Read all manifests of the checkpoint at `path` and check it for wholeness.
+
+    If a reference lies there, the checkpoint that it names is opened.
 
     The shards' lengths are compared, their bytes are not yet proved.
 
@@ -81,8 +104,17 @@ def open_snapshot(filesystem: Filesystem, path: str, *, timeout: float = READ_TI
         FormatVersionError: it is of a newer format.
         StorageError: it could not be read.
     """
-    entries = retried(lambda: filesystem.list(path), what="list", where=path, timeout=timeout)
-    sizes = {entry.name: entry.nbytes for entry in entries}
+    sizes = _sizes(filesystem, path, timeout)
+    if REFERENCE in sizes and not _manifests(sizes):
+        reference, path = path, read_reference(filesystem, path, timeout=timeout) or path
+        sizes = _sizes(filesystem, path, timeout)
+        if not sizes:
+            raise NotACheckpointError(
+                "the checkpoint that a reference names is gone",
+                where=path,
+                why=f"{reference} stands for it; num_to_keep of its run may have removed it",
+                remedy="use a newer checkpoint, or keep more of them",
+            )
     world_size = _world_size(sizes, path)
     missing = [r for r in range(world_size) if manifest_name(r, world_size) not in sizes]
     if missing:
@@ -201,9 +233,17 @@ class ShardFetch:
             )
 
 
+def _sizes(filesystem: Filesystem, path: str, timeout: float) -> dict[str, int | None]:
+    entries = retried(lambda: filesystem.list(path), what="list", where=path, timeout=timeout)
+    return {entry.name: entry.nbytes for entry in entries}
+
+
+def _manifests(sizes: Iterable[str]) -> list[tuple[str, int, int]]:
+    return [p for p in map(manifests.parse_name, sizes) if p is not None and p[0] == "manifest"]
+
+
 def _world_size(sizes: dict[str, int | None], path: str) -> int:
-    parsed = [p for p in map(manifests.parse_name, sizes) if p is not None and p[0] == "manifest"]
-    worlds = {world_size for _, _, world_size in parsed}
+    worlds = {world_size for _, _, world_size in _manifests(sizes)}
     if len(worlds) == 1:
         return worlds.pop()
     if worlds:

@@ -25,6 +25,7 @@ def _run(example: str, storage: Path, *more: str) -> str:
     [
         ("resume_digits.py", "identical bits: yes"),
         ("elastic_gpt.py", "the same order: yes"),
+        ("tune_pbt.py", "weights as they were saved, each time: yes"),
     ],
 )
 def test_an_example_shows_what_it_promises(tmp_path: Path, example: str, line: str) -> None:

@@ -1,0 +1,3 @@
+"""The cluster of the Ray tests."""
+
+from tests.ray.conftest import cluster as cluster
