@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -91,6 +92,7 @@ class Checkpointer:
             project=project_config, seed=seed, timeout=storage_timeout, saves=save is not None
         )
         self._lives = Lives()
+        self._own_run = True
         self._heartbeat = Heartbeat(self._exchange(), save, mtbf=self._lives.mtbf)
         self._global_step = 0
         self._epoch = 0
@@ -368,6 +370,7 @@ class Checkpointer:
         if place is None:
             return False
         filesystem, path = place
+        self._own_run = input_dir is None
         registered = self._session.registered()
         slot = self._slots.acquire()
         try:
@@ -423,7 +426,8 @@ class Checkpointer:
     ) -> None:
         self._global_step, self._epoch = global_step, epoch
         self._session.seed = seed
-        self._lives.resume(restarts=restarts, seconds=seconds)
+        if self._own_run:
+            self._lives.resume(restarts=restarts, seconds=seconds)
 
     def _exchange(self) -> Exchange | None:
         if self._session.run is not None:
@@ -441,7 +445,9 @@ class Checkpointer:
             return ""
         models = self._bundle.of_type(ModelPart)
         step, epoch = self._position()
-        with self._heartbeat.saving() as durable:
+        # What goes elsewhere takes other times, and nobody resumes from it.
+        measured = self._heartbeat.saving() if sink.of_run else nullcontext(lambda: None)
+        with measured as durable:
             captured = self._bundle.capture(
                 weights=self._hooks.weights(models, sink.path),
                 replayed=self._watch.replayed(),
@@ -450,7 +456,8 @@ class Checkpointer:
             sink.save(
                 captured, self._slots, step=step, epoch=epoch, metrics=metrics, durable=durable
             )
-        self._saved_at = (step, epoch)
+        if sink.of_run:
+            self._saved_at = (step, epoch)
         return sink.path
 
     def _plan(self, snapshot: Snapshot, only: tuple[str, ...] | None, strict: bool) -> Plan:

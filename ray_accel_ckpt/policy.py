@@ -137,7 +137,8 @@ class MaxOverhead:
         if cost is None:
             return self.FIRST
         mtbf = self.mtbf if self.mtbf is not None else measured.mtbf
-        optimum = daly(cost, mtbf) if mtbf is not None else 0.0
+        # From beginning to beginning: the work between two saves, and one save.
+        optimum = daly(cost, mtbf) + cost if mtbf is not None else 0.0
         return max(cost / self.limit, measured.durable or 0.0, optimum)
 
 

@@ -53,8 +53,8 @@ class Exchange(Protocol):
         """What rank 0 knows of preemptions, on every rank."""
         ...
 
-    def from_rank_zero(self, decision: Decision) -> Decision:
-        """Rank 0's decision on every rank; the others' are dropped."""
+    def from_rank_zero(self, decision: Decision | None) -> Decision:
+        """Rank 0's decision on every rank; the others have none."""
         ...
 
 
@@ -79,11 +79,11 @@ class RayExchange:
             ranks=tuple(info.preempted_ranks),
         )
 
-    def from_rank_zero(self, decision: Decision) -> Decision:
+    def from_rank_zero(self, decision: Decision | None) -> Decision:
         from ray.train.collective import broadcast_from_rank_zero
 
-        save, hold, ticks = broadcast_from_rank_zero([decision.save, decision.hold, decision.ticks])
-        return Decision(save=save, hold=hold, ticks=ticks)
+        save, hold, ticks = broadcast_from_rank_zero(_words(decision))
+        return Decision(save=bool(save), hold=bool(hold), ticks=ticks)
 
 
 class GroupExchange:
@@ -99,8 +99,10 @@ class GroupExchange:
     def notice(self) -> Notice | None:
         return None
 
-    def from_rank_zero(self, decision: Decision) -> Decision:
-        save, hold, ticks = self._group.from_rank_zero(
-            [decision.save, decision.hold, decision.ticks]
-        )
-        return Decision(save=save, hold=hold, ticks=ticks)
+    def from_rank_zero(self, decision: Decision | None) -> Decision:
+        save, hold, ticks = self._group.from_rank_zero(_words(decision))
+        return Decision(save=bool(save), hold=bool(hold), ticks=ticks)
+
+
+def _words(decision: Decision | None) -> list[int] | None:
+    return None if decision is None else [decision.save, decision.hold, decision.ticks]

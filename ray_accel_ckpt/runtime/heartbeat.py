@@ -2,7 +2,7 @@
 
 A beat is a collective, so all ranks must come to it at the same call. They do by
 construction: rank 0 says with each beat after how many calls the next one comes,
-and nothing else decides that. Every rank works out a decision, rank 0's is taken.
+and nothing else decides that.
 
 On a notice there are two saves. One at once, since machines are often gone before
 their deadline; and one as late as it can be registered before the deadline, since
@@ -19,6 +19,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from ray_accel_ckpt.policy import Measured, SavePolicy, StepPolicy, TimePolicy
 from ray_accel_ckpt.runtime.exchange import Decision, Exchange, Notice
@@ -33,6 +34,10 @@ MAX_GAP = 5.0
 
 REGISTRATION = 4.0
 """Seconds that Ray takes to register what is durable on all ranks: two polls of its controller."""
+
+UNTOLD = 110.0
+"""Seconds until a deadline that nobody told. Ray ends the group 120 s after it has heard of the
+notice (`DEFAULT_PREEMPTION_DEADLINE_S`), which may be some seconds before a beat does."""
 
 
 class Heartbeat:
@@ -58,28 +63,25 @@ class Heartbeat:
         self._steps = policy if isinstance(policy, StepPolicy) else None
         self._seconds = policy if isinstance(policy, TimePolicy) else None
         self._clock, self._wall = clock, wall
-        self._until_beat = self._ticks = 1
-        self._beaten_at: float | None = None
-        self._saving = 0.0
+        # Steps of training and of an evaluation differ in length: each kind is counted by itself.
+        self._training, self._other = _Count(), _Count()
         self._saved_at = clock()
         self._costs: deque[float] = deque(maxlen=5)
         self._blocked: deque[float] = deque(maxlen=5)
         self._durable: deque[float] = deque(maxlen=3)
         self._notice: Notice | None = None
+        self._deadline = math.inf
         self._closed = self._hold = False
 
     def after_step(self, global_step: int) -> bool:
         """Whether to save after this step. Collective when a beat is due."""
-        asked = self.tick()
+        asked = self._tick(self._training)
         by_step = self._steps is not None and self._steps.due(global_step=global_step)
         return asked or (by_step and not self._hold)
 
     def tick(self) -> bool:
         """Whether a beat asks for a save; False between beats. Collective when one is due."""
-        if self._exchange is None:
-            return False
-        self._until_beat -= 1
-        return self._until_beat == 0 and self._beat(self._exchange)
+        return self._tick(self._other)
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[Callable[[], None]]:
@@ -91,66 +93,71 @@ class Heartbeat:
         yield lambda: self._durable.append(self._clock() - begun)
         blocked = self._clock() - begun
         self._saved_at = begun
-        self._saving += blocked
+        for count in (self._training, self._other):
+            count.saving += blocked
         self._blocked.append(blocked)
 
     # --- one beat ----------------------------------------------------------------------
 
-    def _beat(self, exchange: Exchange) -> bool:
+    def _tick(self, count: _Count) -> bool:
+        if self._exchange is None:
+            return False
+        count.until_beat -= 1
+        return count.until_beat <= 0 and self._beat(self._exchange, count)
+
+    def _beat(self, exchange: Exchange, count: _Count) -> bool:
         begun = self._clock()
-        pace = self._pace(begun)
+        count.until_beat = 1  # should the exchange fail: the next call is a beat again
+        pace = count.pace(begun)
         notice = exchange.notice()
-        if notice is not None and notice != self._notice and exchange.rank == 0:
-            self._tell(notice)
-        decision = exchange.from_rank_zero(self._decide(notice, pace))
-        self._until_beat = self._ticks = decision.ticks
+        # Only rank 0's clocks and policy are asked, so only they need to be right.
+        own = self._decide(notice, pace, count) if exchange.rank == 0 else None
+        decision = exchange.from_rank_zero(own)
+        count.until_beat = count.ticks = decision.ticks
         self._hold = decision.hold
-        self._beaten_at, self._saving = self._clock(), 0.0
-        self._costs.append(self._beaten_at - begun)
+        count.beaten_at, count.saving = self._clock(), 0.0
+        self._costs.append(count.beaten_at - begun)
         return decision.save
 
-    def _pace(self, now: float) -> float:
-        """Seconds a call, since the last beat, without what saves took."""
-        if self._beaten_at is None:
-            return math.inf
-        return max(1e-9, (now - self._beaten_at - self._saving) / self._ticks)
-
-    def _decide(self, notice: Notice | None, pace: float) -> Decision:
+    def _decide(self, notice: Notice | None, pace: _Pace, count: _Count) -> Decision:
         wait = self._until_due()
-        by_clock = wait <= (pace / 2 if pace < math.inf else 0)
-        new = notice is not None and notice != self._notice
-        if new:
-            self._notice, self._closed = notice, False
-        left = self._left(notice)
+        by_clock = wait <= (pace.work / 2 if pace.work < math.inf else 0)
+        new = False
+        if notice is not None and notice != self._notice:
+            new = True
+            self._see(notice)
+        left = self._deadline - self._wall()
         if left <= 0:
             # It was to be gone by now, and nobody knows any longer what will be.
             self._closed = False
         late = False
         spare = math.inf
         if self._durable and 0 < left < math.inf and not self._closed:
-            needed = self._needed()
-            spare = left - needed
+            spare = left - self._needed()
             if new:
-                # Too near for another save after this one.
-                self._closed = spare < needed
+                # Too near for another save after this one?
+                self._closed = spare < self._needed()
             else:
-                self._closed = late = spare <= min(pace, MAX_GAP)
+                # The next call may come a quarter later than the pace says.
+                self._closed = spare <= (1.25 * pace.all if pace.all < math.inf else MAX_GAP)
+                late = self._closed and left > max(self._durable)
         save = new or late or (by_clock and not self._closed)
         if save:
             wait = self._interval()
-        return Decision(save=save, hold=self._closed, ticks=self._next(pace, min(wait, spare)))
+        ticks = self._next(pace, min(wait, spare), count.ticks)
+        return Decision(save=save, hold=self._closed, ticks=ticks)
 
-    def _next(self, pace: float, soon: float) -> int:
+    def _next(self, pace: _Pace, soon: float, before: int) -> int:
         """Calls until the next beat: few enough for `MAX_GAP` and `soon`, else cheap enough.
 
         At most twice as many as the last time: a pace measured over few calls is a guess.
         """
-        if pace == math.inf:
+        if pace.all == math.inf:
             return 1
         cost = min(self._costs, default=0.0)
-        cheap = math.ceil(cost / (SHARE * pace))
+        cheap = math.ceil(cost / (SHARE * pace.work))
         gap = min(MAX_GAP, max(soon, 0.0))
-        return max(1, min(cheap, int(gap / pace), 2 * self._ticks))
+        return max(1, min(cheap, int(gap / pace.all), 2 * before))
 
     # --- what is known -----------------------------------------------------------------
 
@@ -173,16 +180,46 @@ class Heartbeat:
         """Seconds from the beginning of a save until it is registered, with some to spare."""
         return 1.5 * max(self._durable) + REGISTRATION
 
-    def _left(self, notice: Notice | None) -> float:
-        if notice is None or notice.deadline is None:
-            return math.inf
-        return notice.deadline - self._wall()
-
-    def _tell(self, notice: Notice) -> None:
-        left = self._left(notice)
+    def _see(self, notice: Notice) -> None:
+        """Take in a notice that was not there before, or not so."""
+        self._notice, self._closed = notice, False
+        told = notice.deadline is not None
+        self._deadline = self._wall() + UNTOLD if notice.deadline is None else notice.deadline
         logger.warning(
             "node %s, with rank %s, is going to be taken away%s: saving now",
             ", ".join(node[:8] for node in notice.nodes),
             ", ".join(map(str, notice.ranks)),
-            f" in {max(left, 0):.0f} s" if left < math.inf else "",
+            f" in {max(self._deadline - self._wall(), 0):.0f} s" if told else "",
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Pace:
+    """Seconds a call: of work alone, and with what saves took."""
+
+    work: float
+    all: float
+
+
+@dataclass(kw_only=True)
+class _Count:
+    """Of the calls of one kind.
+
+    Attributes:
+        until_beat: calls that are left.
+        ticks: calls from the last beat to the next.
+        beaten_at: when the last beat ended.
+        saving: seconds that saves took since.
+    """
+
+    until_beat: int = 1
+    ticks: int = 1
+    beaten_at: float | None = None
+    saving: float = 0.0
+
+    def pace(self, now: float) -> _Pace:
+        if self.beaten_at is None:
+            return _Pace(work=math.inf, all=math.inf)
+        passed = now - self.beaten_at
+        work = max(1e-9, (passed - self.saving) / self.ticks)
+        return _Pace(work=work, all=max(work, passed / self.ticks))

@@ -12,6 +12,7 @@ class Lives:
         self._begun = time.monotonic()
         self._before = 0.0
         self.restarts = 0
+        self._resumed = False
 
     @property
     def seconds(self) -> float:
@@ -23,6 +24,9 @@ class Lives:
         return self.seconds / self.restarts if self.restarts else None
 
     def resume(self, *, restarts: int, seconds: float) -> None:
-        """Go on from a saved state: this life is one more."""
+        """Go on from a saved state: this life is one more. Only the first time: one life is one."""
+        if self._resumed:
+            return
+        self._resumed = True
         self.restarts = restarts + 1
         self._before = seconds

@@ -34,6 +34,11 @@ class Sink(Protocol):
     @property
     def path(self) -> str: ...
 
+    @property
+    def of_run(self) -> bool:
+        """Whether `load_state()` would find it: not so in a directory given by hand."""
+        ...
+
     def save(
         self,
         captured: Mapping[str, Captured],
@@ -82,6 +87,7 @@ class RaySink:
     def __init__(self, session: Session, run: RayRun, name: str, save_id: str) -> None:
         self._session, self._run, self._name, self._save_id = session, run, name, save_id
         self.path = f"{run.path}/{name}"
+        self.of_run = True
 
     def save(
         self,
@@ -126,7 +132,7 @@ class DirectorySink:
         automatic: bool,
     ) -> None:
         self._session, self._filesystem, self._save_id = session, filesystem, save_id
-        self._automatic = automatic
+        self._automatic = self.of_run = automatic
         self._limit = session.project.total_limit if automatic else None
         self.path = path
 

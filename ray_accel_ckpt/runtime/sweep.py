@@ -197,7 +197,11 @@ class Sweeper:
         """
         if self._clean or not self._looking.acquire(blocking=False):
             return
-        threading.Thread(target=self._look, name="ray_accel_ckpt-sweeper", daemon=True).start()
+        try:
+            threading.Thread(target=self._look, name="ray_accel_ckpt-sweeper", daemon=True).start()
+        except RuntimeError as e:  # no more threads: no reason for a save to fail
+            self._looking.release()
+            logger.warning("%s could not be swept, it will be tried again: %s", self._run.path, e)
 
     def _look(self) -> None:
         try:

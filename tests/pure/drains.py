@@ -55,7 +55,7 @@ class World:
         self.saves: list[Save] = []
         self.notices: list[tuple[float, Notice]] = []
         self._word: Decision | None = None
-        self._workers = [
+        self.workers = [
             Heartbeat(
                 _Exchange(self, rank),
                 self.policy,
@@ -72,11 +72,14 @@ class World:
         self.notices.append((seen, notice))
         return notice
 
-    def run(self, until: float) -> None:
+    def run(self, until: float, *, evaluating: bool = False) -> None:
         while self.now < until:
             self._pass(self.pace * self.draw.uniform(0.8, 1.25))
-            self.step += 1
-            answers = [worker.after_step(self.step) for worker in self._workers]
+            if evaluating:
+                answers = [worker.tick() for worker in self.workers]
+            else:
+                self.step += 1
+                answers = [worker.after_step(self.step) for worker in self.workers]
             assert len(set(answers)) == 1, "the ranks do not agree"
             if answers[0]:
                 self._save()
@@ -92,7 +95,7 @@ class World:
         durable = max([frozen, *under_way]) + taken
         poll = durable + self.draw.uniform(0, 2 * POLL)
         save = Save(step=self.step, begun=begun, durable=durable, registered=poll)
-        for worker in self._workers:
+        for worker in self.workers:
             self.now = begun
             with worker.saving() as done:
                 self._pass(frozen - begun)
@@ -121,7 +124,7 @@ class _Exchange:
         seen = [notice for at, notice in self.world.notices if at <= self.world.now]
         return seen[-1] if seen else None
 
-    def from_rank_zero(self, decision: Decision) -> Decision:
+    def from_rank_zero(self, decision: Decision | None) -> Decision:
         if self.rank == 0:
             self.world._word = decision
         assert self.world._word is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from unittest import mock
 
 import pytest
 
@@ -44,10 +45,11 @@ def test_a_drain_at_any_moment_is_answered_by_a_save(seed: int) -> None:
     assert notice.deadline == deadline
 
 
-@pytest.mark.parametrize("lead", [40, 120])
+@pytest.mark.parametrize("pace", [0, 8, 15])
+@pytest.mark.parametrize("lead", [60, 120])
 @pytest.mark.parametrize("seed", range(40))
-def test_the_last_save_before_the_deadline_loses_little(seed: int, lead: int) -> None:
-    world = World(seed=seed, policy=None, upload=1.0)
+def test_the_last_save_before_the_deadline_loses_little(seed: int, lead: int, pace: float) -> None:
+    world = World(seed=seed, policy=None, upload=1.0, pace=pace)
     world.drain(at=50, lead=lead)
     world.run(until=50 + lead)
     assert len([save for save in world.saves if save.begun > 50]) == 2
@@ -74,11 +76,14 @@ def test_after_the_deadline_periodic_saves_go_on() -> None:
     assert late == list(range(late[0], world.step + 1))
 
 
-def test_a_notice_without_a_deadline_is_answered_once() -> None:
-    world = World(seed=1, policy=None, pace=0.5)
+def test_a_notice_without_a_deadline_has_that_of_ray() -> None:
+    """Ray ends the group 120 s after it has heard of the notice."""
+    world = World(seed=1, policy=None, pace=0.5, upload=1.0)
     world.notices.append((30.0, Notice(deadline=None, nodes=("n",), ranks=(0,))))
-    world.run(until=200)
-    assert len(world.saves) == 1
+    world.run(until=150)
+    assert len(world.saves) == 2
+    last = world.registered(by=150)[-1]
+    assert last.begun >= 150 - 10 - 1.5 * 1.25 * world.upload - REGISTRATION - _reaction(world)
 
 
 def test_two_drains_in_one_window_are_each_answered() -> None:
@@ -185,6 +190,38 @@ def test_a_pace_that_was_too_fast_is_not_believed_for_long() -> None:
 
 
 def test_what_saves_take_is_no_part_of_the_pace() -> None:
-    world = World(seed=1, policy=EverySteps(1), pace=0.1, upload=0.1, blocked=1.0)
+    world = World(seed=1, policy=EverySteps(10), pace=0.1, upload=0.1, blocked=2.0, cost=0.004)
     world.run(until=300)
     assert len(world.beats) * world.cost <= SLACK * SHARE * world.step * world.pace
+
+
+def test_steps_are_counted_apart_from_batches_of_an_evaluation() -> None:
+    world = World(seed=1, policy=None, pace=1.0)
+    world.run(until=60)
+    world.pace = 0.01
+    world.run(until=120, evaluating=True)
+    world.pace = 1.0
+    world.run(until=200)
+    assert longest_gap(world.beats, 20) <= SLACK * MAX_GAP
+
+
+def test_saves_that_block_do_not_make_beats_rare() -> None:
+    world = World(seed=1, policy=EverySteps(1), pace=0.1, upload=0.1, blocked=1.0)
+    world.run(until=300)
+    assert longest_gap(world.beats, 50) <= SLACK * MAX_GAP
+
+
+def test_a_failed_exchange_is_tried_again() -> None:
+    world = World(seed=1, policy=None, pace=0.1)
+    world.run(until=20)
+    heartbeat = world.workers[0]
+    exchange = heartbeat._exchange
+    assert exchange is not None
+    with mock.patch.object(type(exchange), "notice", side_effect=TimeoutError):
+        failures = 0
+        for step in range(200):
+            try:
+                heartbeat.after_step(step)
+            except TimeoutError:
+                failures += 1
+    assert failures > 1
