@@ -5,7 +5,13 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
-from ray_accel_ckpt import Checkpointer, EverySeconds, MaxOverhead, open_checkpoint
+from ray_accel_ckpt import (
+    Checkpointer,
+    EverySeconds,
+    EverySteps,
+    MaxOverhead,
+    open_checkpoint,
+)
 from ray_accel_ckpt.runtime.lives import Lives
 from tests.pure.helpers import checkpoints, project
 
@@ -55,3 +61,21 @@ def test_the_same_state_is_not_saved_twice_by_a_heartbeat(tmp_path: Path) -> Non
         ckpt.heartbeat()
     ckpt.flush()
     assert len(checkpoints(tmp_path)) == 1
+
+
+def test_a_save_elsewhere_is_none_of_the_run(tmp_path: Path) -> None:
+    ckpt = Checkpointer(save=EverySteps(1000), project_config=project(tmp_path / "run"))
+    for _ in ckpt.epochs(1):
+        ckpt.step()
+        ckpt.save_state(tmp_path / "elsewhere")
+    assert len(checkpoints(tmp_path / "run")) == 1, "the run has no end"
+
+
+def test_a_start_from_another_run_is_no_restart(tmp_path: Path) -> None:
+    first = Checkpointer(project_config=project(tmp_path / "a"))
+    first.step()
+    path = first.save_state()
+    second = Checkpointer(project_config=project(tmp_path / "b"))
+    assert second.load_state(path)
+    saved = open_checkpoint(second.save_state()).state_dict("progress")
+    assert (saved["global_step"], saved["restarts"]) == (1, 0)
