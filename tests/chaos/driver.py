@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -26,7 +27,8 @@ class Driver:
     """
 
     def __init__(self, job: Job, address: str, log: Path) -> None:
-        self._arguments = (job, address, str(log))
+        # The process that it is forked from has the environment of when that was started.
+        self._arguments = (job, address, str(log), dict(os.environ))
         self._process: BaseProcess | None = None
         self._not_before = 0.0
         self.log = log

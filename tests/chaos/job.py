@@ -59,8 +59,9 @@ class Job:
     epochs: int = EPOCHS
 
 
-def drive(job: Job, address: str, log: str) -> None:
+def drive(job: Job, address: str, log: str, environment: dict[str, str]) -> None:
     """Run the job to its end. In a process of its own, which may be killed."""
+    os.environ.update(environment)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

@@ -12,7 +12,7 @@ import pytest
 from tests.chaos.faults import KINDS
 from tests.chaos.records import Life, Rank
 from tests.chaos.scenario import draw
-from tests.chaos.trace import MOST, Trace
+from tests.chaos.trace import LONGEST, MOST, Trace
 from tests.chaos.verdict import lost, resumed, samples
 from tests.chaos.watch import SNAPSHOT, Watch
 
@@ -87,8 +87,9 @@ def test_a_life_goes_on_from_what_was_registered_and_not_damaged(tmp_path: Path)
     assert len(list(resumed(newest, watch))) == 1
 
 
-def test_a_trace_begins_with_its_first_node(tmp_path: Path) -> None:
+def test_a_trace_begins_with_its_first_node_and_waits_for_none_for_long(tmp_path: Path) -> None:
     file = tmp_path / "trace.json"
-    content = {"metadata": {"gap_seconds": 300}, "data": [0, 0, 16, 3, 0, 1, 2]}
+    content = {"metadata": {"gap_seconds": 300}, "data": [0, 0, 16, 3, *([0] * 50), 1, 2]}
     file.write_text(json.dumps(content))
-    assert Trace.read(file, ticks=4) == Trace(counts=(MOST, 3, 0, 1), gap=300.0)
+    counts = (MOST, 3, *([0] * LONGEST), 1)
+    assert Trace.read(file, ticks=3 + LONGEST) == Trace(counts=counts, gap=300.0)

@@ -22,13 +22,16 @@ from tests.chaos.watch import Watch
 MOST = 4
 """Nodes, however many the trace has."""
 
+LONGEST = 8
+"""Ticks of a stretch without a change; the rest of a longer one is left out."""
+
 LIMIT = 600.0
 """Seconds from the end of the stretch to that of the job."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trace:
-    """The first stretch of a trace in which something changes.
+    """The beginning of a trace, with what goes on unchanged for long made shorter.
 
     Attributes:
         counts: nodes at each tick.
@@ -42,10 +45,12 @@ class Trace:
     def read(cls, file: Path, ticks: int) -> Trace:
         """At most so many ticks, from the first one with a node on."""
         content = json.loads(file.read_text())
-        counts = [min(MOST, int(count)) for count in content["data"]]
-        begun = list(itertools.dropwhile(lambda count: count == 0, counts))
+        counts = (min(MOST, int(count)) for count in content["data"])
+        begun = itertools.dropwhile(lambda count: count == 0, counts)
+        stretches = itertools.groupby(begun)
+        shorter = (count for _, same in stretches for count in itertools.islice(same, LONGEST))
         gap = float(content["metadata"]["gap_seconds"])
-        return cls(counts=tuple(begun[:ticks]), gap=gap)
+        return cls(counts=tuple(itertools.islice(shorter, ticks)), gap=gap)
 
 
 @dataclass(frozen=True, kw_only=True)
