@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import logging
 import os
 import signal
 import tempfile
@@ -34,8 +35,8 @@ from ray_accel_ckpt import Checkpointer, EverySteps, open_checkpoint
 from ray_accel_ckpt.integrations.tune import trainable
 
 EPOCHS, BATCH, SAVE_EVERY = 4, 32, 28
-EXPLOIT_EVERY = 3  # reports, of which there is one a save
-KILL_AT = 5
+EXPLOIT_EVERY = 5  # reports, of which there is one a save
+KILL_AT = 7
 
 
 def digits() -> TensorDataset:
@@ -131,7 +132,9 @@ def fit(storage: str, notes: Path, watcher: Watcher) -> tune.ResultGrid:
     return tune.Tuner(
         trainable(train_loop_per_worker, scaling_config=ScalingConfig(num_workers=1)),
         param_space={"lr": tune.grid_search([1e-5, 3e-3]), "notes": str(notes)},
-        tune_config=tune.TuneConfig(metric="accuracy", mode="max", scheduler=scheduler),
+        tune_config=tune.TuneConfig(
+            metric="accuracy", mode="max", scheduler=scheduler, reuse_actors=True
+        ),
         run_config=tune.RunConfig(
             name="pbt",
             storage_path=storage,
@@ -150,6 +153,8 @@ def main() -> None:
     notes.mkdir(parents=True)
     watcher = Watcher()
     started = time.monotonic()
+    # Tune's own words about a trial that died fill a page.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     print("starting Ray on this machine", flush=True)
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
     print(f"two trials of one worker each, saving to {storage}/pbt", flush=True)
@@ -161,10 +166,12 @@ def main() -> None:
         found = json.loads(file.read_text())
         loaded = open_checkpoint(found["loaded"])
         exact = exact and digest(loaded.state_dict("model")) == found["weights"]
-        print(f"a trial began from {Path(found['loaded']).relative_to(Path(storage, 'pbt'))}")
-    for origin in Path(storage, "pbt").glob("*/*/origin.json"):
+        run = Path(found["loaded"]).parent.name
+        print(f"a trial went on from step {loaded.step} of run {run}")
+    for origin in sorted(Path(storage, "pbt").glob("*/*/origin.json")):
         exploits += 1
-        print(f"exploited another trial: run {origin.parent.name}")
+        taken = Path(json.loads(origin.read_text())["checkpoint"])
+        print(f"run {origin.parent.name} took over {taken.name} of run {taken.parent.name}")
     for result in results:
         saved = open_checkpoint(result.checkpoint)
         saved.verify()

@@ -14,6 +14,7 @@ from ray_accel_ckpt.integrations.tune.runs import TrialRuns, newest_reference, r
 from ray_accel_ckpt.storage.catalog import inherited
 from ray_accel_ckpt.storage.fakes import MemoryFilesystem
 from ray_accel_ckpt.storage.reference import REFERENCE
+from tests.helpers_image import save
 
 HERE, THERE = "experiment/a", "experiment/b"
 FIRST, SECOND = f"{THERE}/b-0/checkpoint_00000020_aa", f"{THERE}/b-0/checkpoint_00000040_aa"
@@ -105,6 +106,17 @@ def test_only_a_directory_of_its_own_is_a_run_of_a_trial(runs: TrialRuns) -> Non
     for other in ("aa-0", "a-x", "a-", "xa-1"):
         runs.filesystem.write(f"{HERE}/{other}/file", [b"x"])
     assert runs.choose(f"{HERE}/aa-7/checkpoint_1") == "a-1"
+    assert runs.choose(f"{THERE}/a-0/checkpoint_1") == "a-2"
+
+
+def test_a_run_ended_with_its_newest_whole_checkpoint(
+    memory: MemoryFilesystem, runs: TrialRuns
+) -> None:
+    assert runs.newest("a-0") is None
+    for number in (2, 9, 10):
+        save(memory, number, directory=f"{HERE}/a-0")
+    del memory.files[f"{HERE}/a-0/checkpoint_10/manifest-00000-of-00001.json"]
+    assert runs.newest("a-0") == f"{HERE}/a-0/checkpoint_9"
 
 
 def _handed(memory: MemoryFilesystem, name: str, target: str) -> str:
@@ -139,6 +151,9 @@ def test_a_checkpoint_of_another_trainable_is_refused(memory: MemoryFilesystem) 
         reference_at(memory, f"{THERE}/checkpoint_000000")
     with pytest.raises(NotACheckpointError, match="no reference"):
         reference_at(memory, f"{HERE}/checkpoint_000000")
+    _handed(memory, "checkpoint_000001", FIRST)
+    with pytest.raises(NotACheckpointError, match="no reference"):
+        reference_at(memory, f"{THERE}/checkpoint_000000")
 
 
 def test_a_damaged_reference_is_refused(memory: MemoryFilesystem) -> None:

@@ -14,6 +14,7 @@ from ray_accel_ckpt.errors import (
     NotACheckpointError,
     NoUsableCheckpointError,
 )
+from ray_accel_ckpt.storage.catalog import inherited
 from ray_accel_ckpt.storage.fakes import MemoryFilesystem
 from ray_accel_ckpt.storage.reference import MAX_NBYTES, ORIGIN, REFERENCE, encode
 from tests.helpers_image import Small, newest, opened, save
@@ -122,9 +123,11 @@ def test_a_run_begins_from_its_origin(memory: MemoryFilesystem) -> None:
     for number in (3, 4):
         save(memory, number, directory=DONOR)
     _refer(memory, "run", f"{DONOR}/checkpoint_3", ORIGIN)
+    paths = [f"{DONOR}/checkpoint_3", f"{DONOR}/checkpoint_4"]
+    assert inherited(memory, "run") == paths
     restored = newest(memory, into := Small(9))
     assert restored is not None
-    assert restored.path == f"{DONOR}/checkpoint_3"
+    assert restored.path == paths[0]
     assert into.bits() == Small(3).bits()
 
 

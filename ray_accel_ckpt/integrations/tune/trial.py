@@ -13,6 +13,7 @@ would wait for a cleaner of Ray Train's, which needs the cluster's dashboard.
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
 import threading
 from collections.abc import Callable, Mapping
@@ -207,6 +208,8 @@ class _Trial:
         """Run to the end, telling Tune of each report on the way."""
         run = self.runs.choose(self.handed)
         inbox = Queue(actor_options={"num_cpus": 0})
+        # How long Tune waits for this thread to end before it reuses the process: 2 s by default.
+        os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", str(int(_END_TIMEOUT)))
         _ENDED.clear()
         fitting = _in_background(trainer(run, _Forward(inbox)).fit)
         controller = None
@@ -218,9 +221,9 @@ class _Trial:
                 self._report(run, report)
             result = fitting.result()
             # A life before this one may have died between the last save and telling of it.
-            if result.checkpoint is not None and result.checkpoint.path != last:
-                end = _Report(metrics=result.metrics or {}, checkpoint=result.checkpoint.path)
-                self._report(run, end)
+            end = self.runs.newest(run)
+            if end is not None and end != last:
+                self._report(run, _Report(metrics=result.metrics or {}, checkpoint=end))
         finally:
             # Tune ends a trial by ending this thread in `report`, and the run goes on.
             if controller is not None and not fitting.done():
