@@ -90,7 +90,7 @@ class Restorer:
         """
         faults = []
         own, begun_from = self._listed(directory)
-        whole = registered
+        whole = registered or bool(begun_from)
         for path in [*own, *begun_from]:
             try:
                 return self.exactly(path)
