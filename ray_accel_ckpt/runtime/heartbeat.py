@@ -65,7 +65,8 @@ class Heartbeat:
         self._clock, self._wall = clock, wall
         # Steps of training and of an evaluation differ in length: each kind is counted by itself.
         self._training, self._other = _Count(), _Count()
-        self._saved_at = clock()
+        self._called_at = self._saved_at = clock()
+        self._saving = 0.0
         self._costs: deque[float] = deque(maxlen=5)
         self._blocked: deque[float] = deque(maxlen=5)
         self._durable: deque[float] = deque(maxlen=3)
@@ -93,8 +94,7 @@ class Heartbeat:
         yield lambda: self._durable.append(self._clock() - begun)
         blocked = self._clock() - begun
         self._saved_at = begun
-        for count in (self._training, self._other):
-            count.saving += blocked
+        self._saving += blocked
         self._blocked.append(blocked)
 
     # --- one beat ----------------------------------------------------------------------
@@ -102,21 +102,26 @@ class Heartbeat:
     def _tick(self, count: _Count) -> bool:
         if self._exchange is None:
             return False
+        # What passed since the last call, of whichever kind, is this call's.
+        now = self._clock()
+        count.passed += now - self._called_at
+        count.saving += self._saving
+        self._called_at, self._saving = now, 0.0
         count.until_beat -= 1
         return count.until_beat <= 0 and self._beat(self._exchange, count)
 
     def _beat(self, exchange: Exchange, count: _Count) -> bool:
-        begun = self._clock()
+        begun = self._called_at
         count.until_beat = 1  # should the exchange fail: the next call is a beat again
-        pace = count.pace(begun)
+        pace = count.pace()
         notice = exchange.notice()
         # Only rank 0's clocks and policy are asked, so only they need to be right.
         own = self._decide(notice, pace, count) if exchange.rank == 0 else None
         decision = exchange.from_rank_zero(own)
-        count.until_beat = count.ticks = decision.ticks
+        count.begin(decision.ticks)
         self._hold = decision.hold
-        count.beaten_at, count.saving = self._clock(), 0.0
-        self._costs.append(count.beaten_at - begun)
+        self._called_at = self._clock()
+        self._costs.append(self._called_at - begun)
         return decision.save
 
     def _decide(self, notice: Notice | None, pace: _Pace, count: _Count) -> Decision:
@@ -184,12 +189,17 @@ class Heartbeat:
         """Take in a notice that was not there before, or not so."""
         self._notice, self._closed = notice, False
         told = notice.deadline is not None
-        self._deadline = self._wall() + UNTOLD if notice.deadline is None else notice.deadline
+        now = self._wall()
+        if notice.deadline is not None:
+            self._deadline = notice.deadline
+        elif not now < self._deadline <= now + UNTOLD:
+            # Not if one is under way: Ray counts from the first that it heard of.
+            self._deadline = now + UNTOLD
         logger.warning(
             "node %s, with rank %s, is going to be taken away%s: saving now",
             ", ".join(node[:8] for node in notice.nodes),
             ", ".join(map(str, notice.ranks)),
-            f" in {max(self._deadline - self._wall(), 0):.0f} s" if told else "",
+            f" in {max(self._deadline - now, 0):.0f} s" if told else "",
         )
 
 
@@ -207,19 +217,23 @@ class _Count:
 
     Attributes:
         until_beat: calls that are left.
-        ticks: calls from the last beat to the next.
-        beaten_at: when the last beat ended.
-        saving: seconds that saves took since.
+        ticks: calls from the last beat to the next; 0 before the first beat.
+        passed: seconds that calls took since the last beat, and
+        saving: those of them that saves took.
     """
 
     until_beat: int = 1
-    ticks: int = 1
-    beaten_at: float | None = None
+    ticks: int = 0
+    passed: float = 0.0
     saving: float = 0.0
 
-    def pace(self, now: float) -> _Pace:
-        if self.beaten_at is None:
+    def begin(self, ticks: int) -> None:
+        """A beat was; the next one comes after so many calls."""
+        self.until_beat = self.ticks = ticks
+        self.passed = self.saving = 0.0
+
+    def pace(self) -> _Pace:
+        if self.ticks == 0:
             return _Pace(work=math.inf, all=math.inf)
-        passed = now - self.beaten_at
-        work = max(1e-9, (passed - self.saving) / self.ticks)
-        return _Pace(work=work, all=max(work, passed / self.ticks))
+        work = max(1e-9, (self.passed - self.saving) / self.ticks)
+        return _Pace(work=work, all=max(work, self.passed / self.ticks))

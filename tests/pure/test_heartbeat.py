@@ -225,3 +225,30 @@ def test_a_failed_exchange_is_tried_again() -> None:
             except TimeoutError:
                 failures += 1
     assert failures > 1
+
+
+def test_what_training_took_is_no_part_of_an_evaluation() -> None:
+    """Else a save by the clock would come early: the next call would seem to be far away."""
+    world = World(seed=1, policy=EverySeconds(350), pace=0.5, upload=0.2)
+    while world.now < 3000:
+        world.run(until=world.now + 300)
+        world.run(until=world.now + 1, evaluating=True)
+    gaps = [b.begun - a.begun for a, b in itertools.pairwise(world.saves)]
+    assert len(gaps) >= 6
+    assert all(349 <= gap <= 360 for gap in gaps)
+
+
+def test_a_second_notice_without_a_deadline_puts_nothing_off() -> None:
+    world = World(seed=1, policy=None, pace=0.5, upload=1.0)
+    world.notices.append((30.0, Notice(deadline=None, nodes=("n",), ranks=(0,))))
+    world.notices.append((90.0, Notice(deadline=None, nodes=("m", "n"), ranks=(0, 1))))
+    world.run(until=150)
+    assert len(world.saves) == 3
+    assert world.saves[-1].begun >= 120
+
+
+def test_no_last_save_is_begun_that_has_no_chance() -> None:
+    world = World(seed=1, policy=None, pace=0.5, upload=20.0)
+    world.notices.append((30.0, Notice(deadline=60.0, nodes=("n",), ranks=(0,))))
+    world.run(until=60)
+    assert len(world.saves) == 1
