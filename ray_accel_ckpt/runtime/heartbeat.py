@@ -108,11 +108,11 @@ class Heartbeat:
         count.saving += self._saving
         self._called_at, self._saving = now, 0.0
         count.until_beat -= 1
+        # Below zero after an exchange that failed: then each call tries again.
         return count.until_beat <= 0 and self._beat(self._exchange, count)
 
     def _beat(self, exchange: Exchange, count: _Count) -> bool:
         begun = self._called_at
-        count.until_beat = 1  # should the exchange fail: the next call is a beat again
         pace = count.pace()
         notice = exchange.notice()
         # Only rank 0's clocks and policy are asked, so only they need to be right.
