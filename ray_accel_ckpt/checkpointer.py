@@ -92,7 +92,6 @@ class Checkpointer:
             project=project_config, seed=seed, timeout=storage_timeout, saves=save is not None
         )
         self._lives = Lives()
-        self._own_run = True
         self._heartbeat = Heartbeat(self._exchange(), save, mtbf=self._lives.mtbf)
         self._global_step = 0
         self._epoch = 0
@@ -370,7 +369,12 @@ class Checkpointer:
         if place is None:
             return False
         filesystem, path = place
-        self._own_run = input_dir is None
+        if (
+            input_dir is None
+            and isinstance(self._policy, TimePolicy)
+            and self._session.group.rank == 0
+        ):
+            self._lives.begin(filesystem, path, self._session.attempt)
         registered = self._session.registered()
         slot = self._slots.acquire()
         try:
@@ -411,23 +415,13 @@ class Checkpointer:
         ended = self._in_epochs and self._watch.done()
         return self._global_step, self.epoch + ended
 
-    def _progress(self) -> dict[str, int | float]:
+    def _progress(self) -> dict[str, int]:
         step, epoch = self._position()
-        return {
-            "global_step": step,
-            "epoch": epoch,
-            "seed": self._session.seed,
-            "restarts": self._lives.restarts,
-            "seconds": self._lives.seconds,
-        }
+        return {"global_step": step, "epoch": epoch, "seed": self._session.seed}
 
-    def _set_progress(
-        self, *, global_step: int, epoch: int, seed: int, restarts: int = 0, seconds: float = 0.0
-    ) -> None:
+    def _set_progress(self, *, global_step: int, epoch: int, seed: int) -> None:
         self._global_step, self._epoch = global_step, epoch
         self._session.seed = seed
-        if self._own_run:
-            self._lives.resume(restarts=restarts, seconds=seconds)
 
     def _exchange(self) -> Exchange | None:
         if self._session.run is not None:

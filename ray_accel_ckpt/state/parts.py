@@ -193,17 +193,12 @@ class RngPart(_Plain):
 
 
 class ProgressPart(_Plain):
-    """Counters of the loop (`global_step`, `epoch`, seed) and of the run (`restarts`, `seconds`).
-
-    Those of the run may be absent: the first states that were saved did not have them.
-    """
+    """Counters of the loop: `global_step`, `epoch`, the seed."""
 
     kind = "progress"
     name = "progress"
 
-    def __init__(
-        self, read: Callable[[], dict[str, int | float]], write: Callable[..., None]
-    ) -> None:
+    def __init__(self, read: Callable[[], dict[str, int]], write: Callable[..., None]) -> None:
         self._read = read
         self._write = write
 
@@ -211,19 +206,11 @@ class ProgressPart(_Plain):
         return captured_tree(self._read(), name=self.name, kind=self.kind, scope=Scope.RANK_ZERO)
 
     def check(self, state: Any) -> None:
-        counters = {"global_step", "epoch", "seed"}
-        known = isinstance(state, dict) and counters <= set(state) <= set(self._read())
-        sound = (
-            known
-            and all(
-                type(value) is int and -(2**63) <= value < 2**64
-                for name, value in state.items()
-                if name != "seconds"
-            )
-            and min(state["global_step"], state["epoch"], state.get("restarts", 0)) >= 0
-            and type(state.get("seconds", 0.0)) is float
-            and 0 <= state.get("seconds", 0.0) < float("inf")
+        known = isinstance(state, dict) and set(state) == set(self._read())
+        counts = known and all(
+            type(value) is int and -(2**63) <= value < 2**64 for value in state.values()
         )
+        sound = counts and min(state["global_step"], state["epoch"]) >= 0
         require(sound, self.name, f"expected the counters {', '.join(self._read())}")
 
     def apply(self, state: Any) -> None:

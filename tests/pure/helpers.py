@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 
-from ray_accel_ckpt import Checkpointer, EverySteps, ProjectConfiguration
+from ray_accel_ckpt import Checkpointer, EverySteps, ProjectConfiguration, open_checkpoint
 from ray_accel_ckpt.state.part import Captured, SavedPart, SavedTensor
 
 
@@ -166,7 +166,9 @@ def live(
     except KilledError:
         ckpt.flush()
         return None
-    return digest(ended, streams())
+    ended = digest(ended, streams())
+    ckpt.flush()
+    return ended
 
 
 def assert_survives(
@@ -177,6 +179,13 @@ def assert_survives(
     for n, step in enumerate(kills):
         assert live(script, directory / "killed", die_at=step, seed=7 + n, **options) is None
     assert live(script, directory / "killed", seed=99, **options) == whole
+    assert newest_state(directory / "killed") == newest_state(directory / "whole")
+
+
+def newest_state(directory: Path) -> str:
+    """A digest of every part of the newest checkpoint: equal runs save equal states."""
+    saved = open_checkpoint(directory / "checkpoints" / checkpoints(directory)[-1])
+    return digest([saved.state_dict(part) for part in sorted(saved.parts)])
 
 
 def as_saved(captured: Captured) -> SavedPart:

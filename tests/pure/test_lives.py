@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
+import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from ray_accel_ckpt import (
     Checkpointer,
@@ -13,33 +17,47 @@ from ray_accel_ckpt import (
     open_checkpoint,
 )
 from ray_accel_ckpt.runtime.lives import Lives
+from ray_accel_ckpt.storage.fakes import MemoryFilesystem
 from tests.pure.helpers import checkpoints, project
 
 
-def test_a_restart_is_counted_and_time_goes_on() -> None:
-    first = Lives()
-    assert first.mtbf() is None
-    second = Lives()
-    second.resume(restarts=first.restarts, seconds=500.0)
-    assert second.restarts == 1
-    assert 500.0 <= second.seconds < 560.0
+def test_lives_are_told_from_what_lies_beside_the_checkpoints() -> None:
+    memory, now = MemoryFilesystem(), int(time.time() * 1000)
+    for ago in (900_000, 300_000):
+        memory.write(f"run/lives/{now - ago}-{ago:x}", [b""])
+    memory.write("run/lives/a-file-of-somebody", [b""])
     third = Lives()
-    third.resume(restarts=second.restarts, seconds=900.0)
+    assert third.mtbf() is None
+    third.begin(memory, "run", "abc")
+    third.begin(memory, "run", "abc")
+    assert len(memory.list("run/lives")) == 4
     mtbf = third.mtbf()
     assert mtbf is not None
     assert 450.0 <= mtbf < 480.0
 
 
-def test_lives_are_saved(tmp_path: Path) -> None:
-    seen = []
-    for life in range(3):
-        ckpt = Checkpointer(save=MaxOverhead(0.5), project_config=project(tmp_path))
-        assert ckpt.load_state() is (life > 0)
-        ckpt.step()
-        saved = open_checkpoint(ckpt.save_state()).state_dict("progress")
-        seen.append((saved["restarts"], saved["seconds"]))
-    assert [restarts for restarts, _ in seen] == [0, 1, 2]
-    assert all(a < b for (_, a), (_, b) in itertools.pairwise(seen))
+def test_a_first_life_knows_of_no_failure() -> None:
+    first = Lives()
+    first.begin(MemoryFilesystem(), "run", "abc")
+    assert first.mtbf() is None
+
+
+def test_storage_that_refuses_costs_only_the_knowledge(caplog: pytest.LogCaptureFixture) -> None:
+    class Refusing(MemoryFilesystem):
+        def write(self, path: str, chunks: Iterable[Any]) -> None:
+            raise PermissionError(path)
+
+    life = Lives()
+    life.begin(Refusing(), "run", "abc")
+    assert life.mtbf() is None
+    assert "will not be known" in caplog.text
+
+
+def test_only_who_asks_for_it_writes_lives_down(tmp_path: Path) -> None:
+    for policy, lives in ((EverySteps(5), 0), (MaxOverhead(0.5), 1), (MaxOverhead(0.5), 2)):
+        ckpt = Checkpointer(save=policy, project_config=project(tmp_path))
+        ckpt.load_state()
+        assert len(list((tmp_path / "checkpoints").glob("lives/*"))) == lives
 
 
 def test_a_script_saves_by_the_clock(tmp_path: Path) -> None:
@@ -71,11 +89,9 @@ def test_a_save_elsewhere_is_none_of_the_run(tmp_path: Path) -> None:
     assert len(checkpoints(tmp_path / "run")) == 1, "the run has no end"
 
 
-def test_a_start_from_another_run_is_no_restart(tmp_path: Path) -> None:
-    first = Checkpointer(project_config=project(tmp_path / "a"))
-    first.step()
+def test_a_start_from_another_run_is_no_life_of_it(tmp_path: Path) -> None:
+    first = Checkpointer(save=EverySeconds(600), project_config=project(tmp_path / "a"))
     path = first.save_state()
-    second = Checkpointer(project_config=project(tmp_path / "b"))
+    second = Checkpointer(save=EverySeconds(600), project_config=project(tmp_path / "b"))
     assert second.load_state(path)
-    saved = open_checkpoint(second.save_state()).state_dict("progress")
-    assert (saved["global_step"], saved["restarts"]) == (1, 0)
+    assert not list(tmp_path.glob("*/checkpoints/lives"))
