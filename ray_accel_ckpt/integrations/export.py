@@ -21,9 +21,9 @@ from ray_accel_ckpt.image.staging import Slot
 from ray_accel_ckpt.state.box import Box
 from ray_accel_ckpt.state.part import SavedPart, Scope
 from ray_accel_ckpt.state.tree import encoded_items, tensor_ref
+from ray_accel_ckpt.storage.access import listed
 from ray_accel_ckpt.storage.filesystem import Filesystem, resolve
 from ray_accel_ckpt.storage.opened import StoredTensors, open_stored, part_of
-from ray_accel_ckpt.storage.retry import retried
 from ray_accel_ckpt.storage.writer import write_file
 
 logger = logging.getLogger(__name__)
@@ -198,9 +198,7 @@ def _write_index(filesystem: Filesystem, path: str, files: Mapping[str, list[Ten
 
 
 def _refuse_weights(filesystem: Filesystem, directory: str) -> None:
-    entries = retried(
-        lambda: filesystem.list(directory), what="list", where=directory, timeout=_TIMEOUT
-    )
+    entries = listed(filesystem, directory, timeout=_TIMEOUT)
     for entry in entries:
         if _WEIGHTS.fullmatch(entry.name):
             raise CheckpointExistsError(

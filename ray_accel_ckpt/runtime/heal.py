@@ -24,7 +24,8 @@ from ray_accel_ckpt.runtime.record import (
     read_snapshot,
     registered_in,
 )
-from ray_accel_ckpt.storage.catalog import READ_TIMEOUT, candidates, open_snapshot, step_of
+from ray_accel_ckpt.storage.access import READ_TIMEOUT, listed
+from ray_accel_ckpt.storage.catalog import candidates, open_snapshot, step_of
 from ray_accel_ckpt.storage.filesystem import Filesystem, resolve
 from ray_accel_ckpt.storage.retry import retried
 
@@ -59,7 +60,7 @@ def heal_run(
     """
     filesystem, root = resolve(storage_path, storage_filesystem)
     run = f"{root}/{name}"
-    sizes = {e.name: e.nbytes for e in _retried(lambda: filesystem.list(run), run)}
+    sizes = {e.name: e.nbytes for e in listed(filesystem, run)}
     state, found = empty_state(), []
     if SNAPSHOT in sizes:
         data = read_snapshot(filesystem, run, sizes[SNAPSHOT] or 0)
@@ -160,8 +161,9 @@ def _without(state: State, gone: set[str]) -> State:
 
 
 def _write(filesystem: Filesystem, path: str, data: bytes) -> None:
-    _retried(lambda: filesystem.write(path, [data]), path)
-
-
-def _retried(operation: Any, where: str) -> Any:
-    return retried(operation, what="mend a run directory", where=where, timeout=READ_TIMEOUT)
+    retried(
+        lambda: filesystem.write(path, [data]),
+        what="mend a run directory",
+        where=path,
+        timeout=READ_TIMEOUT,
+    )

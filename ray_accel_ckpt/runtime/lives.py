@@ -12,6 +12,7 @@ import re
 import time
 
 from ray_accel_ckpt.errors import StorageError
+from ray_accel_ckpt.storage.access import listed
 from ray_accel_ckpt.storage.filesystem import Filesystem
 from ray_accel_ckpt.storage.retry import retried
 
@@ -53,9 +54,7 @@ class Lives:
 
     @staticmethod
     def _before(filesystem: Filesystem, directory: str) -> list[float]:
-        entries = retried(
-            lambda: filesystem.list(directory), what="list", where=directory, timeout=_TIMEOUT
-        )
+        entries = listed(filesystem, directory, timeout=_TIMEOUT)
         return sorted(int(m[1]) / 1000 for e in entries if (m := _NAME.fullmatch(e.name)))
 
     def mtbf(self) -> float | None:

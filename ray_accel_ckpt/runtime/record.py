@@ -6,9 +6,9 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from ray_accel_ckpt.storage.catalog import READ_TIMEOUT, step_of
+from ray_accel_ckpt.storage.access import listed, read_file
+from ray_accel_ckpt.storage.catalog import step_of
 from ray_accel_ckpt.storage.filesystem import Filesystem
-from ray_accel_ckpt.storage.retry import retried
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 
@@ -67,15 +67,8 @@ def read_record(filesystem: Filesystem, run: str) -> Record | None:
 
 def read_snapshot(filesystem: Filesystem, run: str, nbytes: int) -> bytes:
     """The file's bytes. `nbytes` is its length as listed."""
-    path = f"{run}/{SNAPSHOT}"
-    data = bytearray(nbytes)
-    retried(
-        lambda: filesystem.read_into(path, 0, memoryview(data)),
-        what="read Ray's record of the run",
-        where=path,
-        timeout=READ_TIMEOUT,
-    )
-    return bytes(data)
+    what = "read Ray's record of the run"
+    return read_file(filesystem, f"{run}/{SNAPSHOT}", nbytes, what=what)
 
 
 def parsed(data: bytes) -> State | None:
@@ -121,7 +114,5 @@ def empty_state() -> State:
 
 
 def _length(filesystem: Filesystem, run: str) -> int | None:
-    entries = retried(
-        lambda: filesystem.list(run), what="list a run", where=run, timeout=READ_TIMEOUT
-    )
+    entries = listed(filesystem, run)
     return next((e.nbytes or 0 for e in entries if e.name == SNAPSHOT), None)

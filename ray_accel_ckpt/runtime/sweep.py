@@ -35,7 +35,8 @@ from ray_accel_ckpt.errors import (
 from ray_accel_ckpt.image import manifest as manifests
 from ray_accel_ckpt.runtime.ray_run import RayRun
 from ray_accel_ckpt.runtime.record import Record, read_record
-from ray_accel_ckpt.storage.catalog import READ_TIMEOUT, Candidate, candidates, open_snapshot
+from ray_accel_ckpt.storage.access import READ_TIMEOUT, listed
+from ray_accel_ckpt.storage.catalog import Candidate, candidates, open_snapshot
 from ray_accel_ckpt.storage.filesystem import Entry, Filesystem, resolve
 from ray_accel_ckpt.storage.retry import retried
 
@@ -108,7 +109,7 @@ def look(
         if candidate.path == resumed_from and not _by(record.latest, living):
             adopted.append(candidate.name)
             continue
-        if not all(_ours(entry) for entry in _listed(filesystem, candidate.path)):
+        if not all(_ours(entry) for entry in listed(filesystem, candidate.path)):
             continue
         whole = _whole(filesystem, candidate)
         if whole and candidate.number > record.step:
@@ -124,11 +125,11 @@ def remove(filesystem: Filesystem, orphan: Orphan) -> None:
     Raises:
         StorageError: what storage refused.
     """
-    files = [e.name for e in _listed(filesystem, orphan.path) if e.nbytes is not None]
+    files = [e.name for e in listed(filesystem, orphan.path) if e.nbytes is not None]
     # One by one: where directories are only made of names, none may be there to be deleted.
     for name in sorted(files, key=lambda name: (not name.startswith("manifest-"), name)):
-        _retried(lambda name=name: filesystem.delete(f"{orphan.path}/{name}"), orphan.path)
-    _retried(lambda: filesystem.delete(orphan.path), orphan.path)
+        _delete(filesystem, f"{orphan.path}/{name}")
+    _delete(filesystem, orphan.path)
 
 
 def sweep_run(
@@ -270,10 +271,5 @@ def _ours(entry: Entry) -> bool:
     return entry.nbytes is not None and manifests.parse_name(name) is not None
 
 
-def _listed(filesystem: Filesystem, path: str) -> list[Entry]:
-    listed: list[Entry] = _retried(lambda: filesystem.list(path), path)
-    return listed
-
-
-def _retried(operation: Any, where: str) -> Any:
-    return retried(operation, what="sweep a run", where=where, timeout=READ_TIMEOUT)
+def _delete(filesystem: Filesystem, path: str) -> None:
+    retried(lambda: filesystem.delete(path), what="sweep a run", where=path, timeout=READ_TIMEOUT)

@@ -20,12 +20,10 @@ from ray_accel_ckpt.image import manifest as manifests
 from ray_accel_ckpt.image.manifest import Manifest, manifest_name, shard_name
 from ray_accel_ckpt.image.pieces import Piece, Staged
 from ray_accel_ckpt.image.reader import Snapshot
+from ray_accel_ckpt.storage.access import READ_TIMEOUT, listed, read_file
 from ray_accel_ckpt.storage.filesystem import Filesystem
 from ray_accel_ckpt.storage.reference import ORIGIN, REFERENCE, read_reference
 from ray_accel_ckpt.storage.retry import retried
-
-READ_TIMEOUT = 120.0
-"""Seconds that passing errors are retried for while reading."""
 
 _NAME = re.compile(r"checkpoint_([0-9]{1,20})(?:_([0-9a-f]+))?")
 
@@ -61,9 +59,7 @@ def candidates(
     filesystem: Filesystem, directory: str, *, timeout: float = READ_TIMEOUT
 ) -> list[Candidate]:
     """Directories under `directory` named like checkpoints, the highest number first."""
-    entries = retried(
-        lambda: filesystem.list(directory), what="list", where=directory, timeout=timeout
-    )
+    entries = listed(filesystem, directory, timeout=timeout)
     found = []
     for entry in entries:
         match = _NAME.fullmatch(entry.name)
@@ -163,19 +159,13 @@ def read_manifest(
             why=f"it has {nbytes} bytes, the limit is {manifests.MAX_NBYTES}" if is_file else "",
             remedy="use another checkpoint",
         )
-    data = bytearray(nbytes)
     try:
-        retried(
-            lambda: filesystem.read_into(path, 0, memoryview(data)),
-            what="read a manifest",
-            where=path,
-            timeout=timeout,
-        )
+        data = read_file(filesystem, path, nbytes, what="read a manifest", timeout=timeout)
     except (FileNotFoundError, EOFError) as e:
         raise NotACheckpointError(
             "a manifest is gone", where=path, why=str(e), remedy="use another checkpoint"
         ) from e
-    return manifests.decode(bytes(data), path)
+    return manifests.decode(data, path)
 
 
 class ShardFetch:
@@ -234,7 +224,7 @@ class ShardFetch:
 
 
 def _sizes(filesystem: Filesystem, path: str, timeout: float) -> dict[str, int | None]:
-    entries = retried(lambda: filesystem.list(path), what="list", where=path, timeout=timeout)
+    entries = listed(filesystem, path, timeout=timeout)
     return {entry.name: entry.nbytes for entry in entries}
 
 

@@ -14,8 +14,8 @@ from typing import Annotated, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ray_accel_ckpt.errors import CorruptCheckpointError, NotACheckpointError
+from ray_accel_ckpt.storage.access import listed, read_file
 from ray_accel_ckpt.storage.filesystem import Filesystem
-from ray_accel_ckpt.storage.retry import retried
 
 REFERENCE: Final = "reference.json"
 """In a directory that stands for a checkpoint."""
@@ -66,9 +66,7 @@ def read_reference(
         CorruptCheckpointError: it is damaged.
         StorageError: it could not be read.
     """
-    entries = retried(
-        lambda: filesystem.list(directory), what="list", where=directory, timeout=timeout
-    )
+    entries = listed(filesystem, directory, timeout=timeout)
     nbytes = next((e.nbytes or 0 for e in entries if e.name == name), None)
     return None if nbytes is None else _read(filesystem, directory, name, nbytes, timeout)
 
@@ -77,19 +75,13 @@ def _read(filesystem: Filesystem, directory: str, name: str, nbytes: int, timeou
     path = f"{directory}/{name}"
     if not 0 < nbytes <= MAX_NBYTES:
         raise _damaged(path, f"it has {nbytes} bytes, the limit is {MAX_NBYTES}")
-    data = bytearray(nbytes)
     try:
-        retried(
-            lambda: filesystem.read_into(path, 0, memoryview(data)),
-            what="read a reference",
-            where=path,
-            timeout=timeout,
-        )
+        data = read_file(filesystem, path, nbytes, what="read a reference", timeout=timeout)
     except (FileNotFoundError, EOFError) as e:
         raise NotACheckpointError(
             "a reference is gone", where=path, why=str(e), remedy="use another checkpoint"
         ) from e
-    return decode(bytes(data), directory, path)
+    return decode(data, directory, path)
 
 
 def _damaged(where: str, why: str) -> CorruptCheckpointError:

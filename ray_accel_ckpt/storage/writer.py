@@ -8,6 +8,7 @@ from ray_accel_ckpt.errors import CheckpointError, CheckpointExistsError, Storag
 from ray_accel_ckpt.image import manifest as manifests
 from ray_accel_ckpt.image.image import Hashing, Image
 from ray_accel_ckpt.image.manifest import manifest_name, shard_name
+from ray_accel_ckpt.storage.access import listed
 from ray_accel_ckpt.storage.catalog import read_manifest
 from ray_accel_ckpt.storage.filesystem import Filesystem
 from ray_accel_ckpt.storage.retry import retried
@@ -41,9 +42,7 @@ def refuse_other_checkpoint(
 
     Files that other ranks have written for this very save are no obstacle.
     """
-    entries = retried(
-        lambda: filesystem.list(directory), what="list", where=directory, timeout=timeout
-    )
+    entries = listed(filesystem, directory, timeout=timeout)
     for entry in entries:
         parsed = manifests.parse_name(entry.name)
         if parsed is None or parsed[0] != "manifest":

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from ray_accel_ckpt.errors import CheckpointExistsError, NotACheckpointError
+from ray_accel_ckpt.storage.access import listed
 from ray_accel_ckpt.storage.filesystem import Filesystem, LocalFilesystem, resolve
 from ray_accel_ckpt.storage.retry import retried
 from ray_accel_ckpt.storage.writer import write_file
@@ -27,9 +28,7 @@ def fetched(source: str | os.PathLike[str], *, timeout: float) -> Iterator[Path]
         StorageError: it could not be read.
     """
     filesystem, directory = resolve(source)
-    entries = retried(
-        lambda: filesystem.list(directory), what="list", where=directory, timeout=timeout
-    )
+    entries = listed(filesystem, directory, timeout=timeout)
     sizes = {entry.name: entry.nbytes for entry in entries if entry.nbytes is not None}
     if METADATA not in sizes:
         raise NotACheckpointError(
@@ -56,9 +55,7 @@ def sent(output_dir: str | os.PathLike[str], *, timeout: float) -> Iterator[Path
         StorageError: what storage refused.
     """
     filesystem, directory = resolve(output_dir)
-    entries = retried(
-        lambda: filesystem.list(directory), what="list", where=directory, timeout=timeout
-    )
+    entries = listed(filesystem, directory, timeout=timeout)
     if entries:
         raise CheckpointExistsError(
             "the directory to write to is not empty",

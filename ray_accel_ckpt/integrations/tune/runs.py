@@ -32,7 +32,8 @@ import re
 from dataclasses import dataclass
 
 from ray_accel_ckpt.errors import CheckpointError, NotACheckpointError
-from ray_accel_ckpt.storage.catalog import READ_TIMEOUT, candidates, open_snapshot
+from ray_accel_ckpt.storage.access import READ_TIMEOUT, listed
+from ray_accel_ckpt.storage.catalog import candidates, open_snapshot
 from ray_accel_ckpt.storage.filesystem import Filesystem
 from ray_accel_ckpt.storage.reference import ORIGIN, encode, read_reference
 from ray_accel_ckpt.storage.retry import retried
@@ -174,7 +175,5 @@ def reference_at(filesystem: Filesystem, handed: str) -> Reference:
 
 
 def _names(filesystem: Filesystem, directory: str) -> list[str]:
-    entries = retried(
-        lambda: filesystem.list(directory), what="list", where=directory, timeout=READ_TIMEOUT
-    )
+    entries = listed(filesystem, directory)
     return [entry.name for entry in entries]
