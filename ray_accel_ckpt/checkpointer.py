@@ -13,21 +13,19 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.hooks import RemovableHandle
 
 from ray_accel_ckpt.errors import ConfigurationError
-from ray_accel_ckpt.image.reader import Snapshot
 from ray_accel_ckpt.image.staging import SlotPool
 from ray_accel_ckpt.policy import SavePolicy, TimePolicy, require_policy
 from ray_accel_ckpt.project import ProjectConfiguration
-from ray_accel_ckpt.runtime.elastic import dealt_anew, gradients_left_out
-from ray_accel_ckpt.runtime.exchange import Exchange, GroupExchange, RayExchange
+from ray_accel_ckpt.runtime.exchange import exchange_for
 from ray_accel_ckpt.runtime.heartbeat import Heartbeat
 from ray_accel_ckpt.runtime.lives import Lives
 from ray_accel_ckpt.runtime.prepare import Preparer
 from ray_accel_ckpt.runtime.report import Metrics
-from ray_accel_ckpt.runtime.restore import Restored, Restorer
+from ray_accel_ckpt.runtime.restore import Restored
+from ray_accel_ckpt.runtime.resume import Resumer
 from ray_accel_ckpt.runtime.session import Session
 from ray_accel_ckpt.runtime.sinks import Sink, sink_for
-from ray_accel_ckpt.state import rng
-from ray_accel_ckpt.state.bundle import Plan, StateBundle, require_stateful
+from ray_accel_ckpt.state.bundle import StateBundle, require_stateful
 from ray_accel_ckpt.state.dealing import require_global_batch_size
 from ray_accel_ckpt.state.hooks import Hooks, LoadHook, SaveHook
 from ray_accel_ckpt.state.loader import PreparedLoader
@@ -35,6 +33,7 @@ from ray_accel_ckpt.state.model import ModelPart
 from ray_accel_ckpt.state.parts import ProgressPart
 from ray_accel_ckpt.state.passes import EpochWatch
 from ray_accel_ckpt.state.skipping import SkippedLoader
+from ray_accel_ckpt.storage.filesystem import Filesystem
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +91,7 @@ class Checkpointer:
             project=project_config, seed=seed, timeout=storage_timeout, saves=save is not None
         )
         self._lives = Lives()
-        self._heartbeat = Heartbeat(self._exchange(), save, mtbf=self._lives.mtbf)
+        self._heartbeat = Heartbeat(exchange_for(self._session, save), save, mtbf=self._lives.mtbf)
         self._global_step = 0
         self._epoch = 0
         self._in_epochs = False
@@ -105,6 +104,13 @@ class Checkpointer:
             self._bundle.add_object("scaler", scaler, kind="scaler")
         self._preparer = Preparer(
             self._bundle, self._session, scaler=scaler, ddp_kwargs=ddp_kwargs or {}
+        )
+        self._resumer = Resumer(
+            session=self._session,
+            bundle=self._bundle,
+            hooks=self._hooks,
+            preparer=self._preparer,
+            slots=self._slots,
         )
         self._watch = EpochWatch(lambda: self._bundle.of_type(PreparedLoader))
 
@@ -369,36 +375,19 @@ class Checkpointer:
         if place is None:
             return False
         filesystem, path = place
-        if (
-            input_dir is None
-            and isinstance(self._policy, TimePolicy)
-            and self._session.group.rank == 0
-        ):
-            self._lives.begin(filesystem, path, self._session.attempt)
         registered = self._session.registered()
-        slot = self._slots.acquire()
-        try:
-            restorer = Restorer(
-                filesystem=filesystem,
-                group=self._session.group,
-                slot=slot,
-                device=self.device,
-                decide=lambda snapshot: self._plan(snapshot, only, strict),
-            )
+        with self._resumer.restorer(filesystem, only=only, strict=strict) as restorer:
             restored = (
                 restorer.newest(path, registered=registered is not None)
                 if input_dir is None
                 else restorer.exactly(path)
             )
-        finally:
-            self._slots.release(slot)
         if input_dir is None:
-            resumed_from = None if restored is None else restored.path
-            self._session.begin_sweeping(resumed_from=resumed_from, registered=registered)
-        if restored is None:
-            return False
-        self._after_load(restored, complete=only is None, registered=registered)
-        return True
+            self._begin_life(filesystem, path, restored, registered)
+        if restored is not None and only is None:
+            self._resumer.settle(restored)
+            self._resumed(restored.path, registered)
+        return restored is not None
 
     def flush(self) -> None:
         """Wait until everything saved without Ray is durable; Ray flushes at the end of its loop.
@@ -422,13 +411,6 @@ class Checkpointer:
     def _set_progress(self, *, global_step: int, epoch: int, seed: int) -> None:
         self._global_step, self._epoch = global_step, epoch
         self._session.seed = seed
-
-    def _exchange(self) -> Exchange | None:
-        if self._session.run is not None:
-            return RayExchange()
-        if isinstance(self._policy, TimePolicy):
-            return GroupExchange(self._session.group)
-        return None
 
     def _sink(self, output_dir: str | os.PathLike[str] | None = None) -> Sink | None:
         self._session.agree()
@@ -454,43 +436,20 @@ class Checkpointer:
             self._saved_at = (step, epoch)
         return sink.path
 
-    def _plan(self, snapshot: Snapshot, only: tuple[str, ...] | None, strict: bool) -> Plan:
-        rank = self._session.group.rank
-        skip = self._hooks.skipped(self._bundle.of_type(ModelPart), snapshot.where)
-        if rank >= snapshot.world_size:
-            skip |= snapshot.per_rank_parts()
-        saved = snapshot.parts(rank)
-        world_size, gradients = self._session.group.world_size, self._bundle.gradients
-        if gradients_left_out(snapshot, saved, gradients, world_size):
-            skip |= {gradients.name}
-        if snapshot.world_size != world_size:
-            streams = dealt_anew(snapshot, self._bundle.of_type(PreparedLoader), only)
-            saved, skip = saved | streams, skip - streams.keys()
-        return self._bundle.plan(saved, only=only, skip=skip, strict=strict, where=snapshot.where)
+    def _begin_life(
+        self, filesystem: Filesystem, run: str, restored: Restored | None, registered: str | None
+    ) -> None:
+        """What is done once a life, beside training's own state: by rank 0, of the run alone."""
+        if isinstance(self._policy, TimePolicy) and self._session.group.rank == 0:
+            self._lives.begin(filesystem, run, self._session.attempt)
+        resumed_from = None if restored is None else restored.path
+        self._session.begin_sweeping(resumed_from=resumed_from, registered=registered)
 
-    def _after_load(self, restored: Restored, *, complete: bool, registered: str | None) -> None:
-        rank, stored = self._session.group.rank, restored.snapshot.world_size
-        if not complete:
-            return
-        if self._bundle.gradients.name in restored.parts:
-            self._preparer.window.reopen()
-        else:
-            self._preparer.window.clear()
-            self._bundle.gradients.clear()
-        if rank >= stored:
-            logger.warning(
-                "rank %d was not there when the checkpoint was saved (%d workers): its random "
-                "streams are new, derived from (seed, rank, attempt)",
-                rank,
-                stored,
-            )
-            session = self._session
-            rng.seed_all(rng.derived_seed(session.seed, rank, session.attempt))
-        self.resumed_from = restored.path
-        name = restored.path.rpartition("/")[2]
-        if self._session.run is None or name == registered:
+    def _resumed(self, path: str, registered: str | None) -> None:
+        self.resumed_from = path
+        if self._session.run is None or path.rpartition("/")[2] == registered:
             self._saved_at = (self._global_step, self._epoch)
         else:
             # Not Ray's latest, so not the run's result either: the end must be saved all the same.
             self._saved_at = None
-        logger.info("resumed from %s at step %d", restored.path, self._global_step)
+        logger.info("resumed from %s at step %d", path, self._global_step)

@@ -10,11 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from ray_accel_ckpt.policy import SavePolicy, TimePolicy
 from ray_accel_ckpt.runtime.group import Group
+from ray_accel_ckpt.runtime.session import Session
 
 
 @dataclass(frozen=True, kw_only=True)
-class Notice:
+class Preemption:
     """Nodes of this group are going to be taken away.
 
     Attributes:
@@ -49,7 +51,7 @@ class Exchange(Protocol):
     @property
     def rank(self) -> int: ...
 
-    def notice(self) -> Notice | None:
+    def notice(self) -> Preemption | None:
         """What rank 0 knows of preemptions, on every rank."""
         ...
 
@@ -67,13 +69,13 @@ class RayExchange:
 
         return int(ray.train.get_context().get_world_rank())
 
-    def notice(self) -> Notice | None:
+    def notice(self) -> Preemption | None:
         import ray.train
 
         info = ray.train.get_preemption_info()
         if info is None:
             return None
-        return Notice(
+        return Preemption(
             deadline=None if info.deadline_ms is None else info.deadline_ms / 1000,
             nodes=tuple(info.preempted_node_ids),
             ranks=tuple(info.preempted_ranks),
@@ -96,12 +98,22 @@ class GroupExchange:
     def rank(self) -> int:
         return self._group.rank
 
-    def notice(self) -> Notice | None:
+    def notice(self) -> Preemption | None:
         return None
 
     def from_rank_zero(self, decision: Decision | None) -> Decision:
         save, hold, ticks = self._group.from_rank_zero(_words(decision))
         return Decision(save=bool(save), hold=bool(hold), ticks=ticks)
+
+
+def exchange_for(session: Session, policy: SavePolicy | None) -> Exchange | None:
+    """The wires of this worker's heartbeats; None if there is nothing to ask.
+
+    Ray gives notice whatever the policy; elsewhere only one that goes by time asks.
+    """
+    if session.run is not None:
+        return RayExchange()
+    return GroupExchange(session.group) if isinstance(policy, TimePolicy) else None
 
 
 def _words(decision: Decision | None) -> list[int] | None:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from ray_accel_ckpt.policy import Measured, SavePolicy, StepPolicy, TimePolicy
-from ray_accel_ckpt.runtime.exchange import Decision, Exchange, Notice
+from ray_accel_ckpt.runtime.exchange import Decision, Exchange, Preemption
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class Heartbeat:
         self._costs: deque[float] = deque(maxlen=5)
         self._blocked: deque[float] = deque(maxlen=5)
         self._durable: deque[float] = deque(maxlen=3)
-        self._notice: Notice | None = None
+        self._notice: Preemption | None = None
         self._deadline = math.inf
         self._closed = self._hold = False
 
@@ -124,7 +124,7 @@ class Heartbeat:
         self._costs.append(self._called_at - begun)
         return decision.save
 
-    def _decide(self, notice: Notice | None, pace: _Pace, count: _Count) -> Decision:
+    def _decide(self, notice: Preemption | None, pace: _Pace, count: _Count) -> Decision:
         wait = self._until_due()
         by_clock = wait <= (pace.work / 2 if pace.work < math.inf else 0)
         new = False
@@ -185,7 +185,7 @@ class Heartbeat:
         """Seconds from the beginning of a save until it is registered, with some to spare."""
         return 1.5 * max(self._durable) + REGISTRATION
 
-    def _see(self, notice: Notice) -> None:
+    def _see(self, notice: Preemption) -> None:
         """Take in a notice that was not there before, or not so."""
         self._notice, self._closed = notice, False
         told = notice.deadline is not None

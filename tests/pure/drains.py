@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ray_accel_ckpt.policy import SavePolicy
-from ray_accel_ckpt.runtime.exchange import Decision, Notice
+from ray_accel_ckpt.runtime.exchange import Decision, Preemption
 from ray_accel_ckpt.runtime.heartbeat import Heartbeat
 
 SLOTS = 2
@@ -53,7 +53,7 @@ class World:
         self.step = 0
         self.beats: list[float] = []
         self.saves: list[Save] = []
-        self.notices: list[tuple[float, Notice]] = []
+        self.notices: list[tuple[float, Preemption]] = []
         self._word: Decision | None = None
         self.workers = [
             Heartbeat(
@@ -65,10 +65,10 @@ class World:
             for rank in range(self.ranks)
         ]
 
-    def drain(self, *, at: float, lead: float, node: str = "a" * 56) -> Notice:
+    def drain(self, *, at: float, lead: float, node: str = "a" * 56) -> Preemption:
         """Ray's watcher looks every 5 s, then tells the workers."""
         seen = at + self.draw.uniform(0, 5)
-        notice = Notice(deadline=at + lead, nodes=(node,), ranks=(1,))
+        notice = Preemption(deadline=at + lead, nodes=(node,), ranks=(1,))
         self.notices.append((seen, notice))
         return notice
 
@@ -117,7 +117,7 @@ class _Exchange:
     def __init__(self, world: World, rank: int) -> None:
         self.world, self.rank = world, rank
 
-    def notice(self) -> Notice | None:
+    def notice(self) -> Preemption | None:
         if self.rank == 0:
             self.world.beats.append(self.world.now)
             self.world.now += self.world.cost

@@ -10,7 +10,7 @@ import pytest
 
 from ray_accel_ckpt import EverySeconds, EverySteps, MaxOverhead
 from ray_accel_ckpt.policy import SavePolicy
-from ray_accel_ckpt.runtime.exchange import Notice
+from ray_accel_ckpt.runtime.exchange import Preemption
 from ray_accel_ckpt.runtime.heartbeat import MAX_GAP, REGISTRATION, SHARE, Heartbeat
 from tests.pure.drains import World, longest_gap
 
@@ -79,7 +79,7 @@ def test_after_the_deadline_periodic_saves_go_on() -> None:
 def test_a_notice_without_a_deadline_has_that_of_ray() -> None:
     """Ray ends the group 120 s after it has heard of the notice."""
     world = World(seed=1, policy=None, pace=0.5, upload=1.0)
-    world.notices.append((30.0, Notice(deadline=None, nodes=("n",), ranks=(0,))))
+    world.notices.append((30.0, Preemption(deadline=None, nodes=("n",), ranks=(0,))))
     world.run(until=150)
     assert len(world.saves) == 2
     last = world.registered(by=150)[-1]
@@ -90,7 +90,7 @@ def test_two_drains_in_one_window_are_each_answered() -> None:
     world = World(seed=2, policy=None, pace=0.2, upload=0.5)
     first = world.drain(at=30, lead=100)
     seen = world.notices[0][0]
-    both = Notice(deadline=110.0, nodes=(*first.nodes, "b"), ranks=(0, 1))
+    both = Preemption(deadline=110.0, nodes=(*first.nodes, "b"), ranks=(0, 1))
     world.notices.append((seen + 20, both))
     world.run(until=110)
     answers = [save.begun for save in world.saves]
@@ -165,7 +165,7 @@ def test_a_notice_too_short_for_two_saves_gets_one() -> None:
 def test_a_later_notice_opens_the_window_again() -> None:
     world = World(seed=2, policy=None, pace=0.2, upload=0.5)
     world.drain(at=30, lead=50)
-    world.notices.append((78.0, Notice(deadline=140.0, nodes=("b",), ranks=(0,))))
+    world.notices.append((78.0, Preemption(deadline=140.0, nodes=("b",), ranks=(0,))))
     world.run(until=140)
     begun = [save.begun for save in world.saves]
     assert len(begun) == 4
@@ -240,8 +240,8 @@ def test_what_training_took_is_no_part_of_an_evaluation() -> None:
 
 def test_a_second_notice_without_a_deadline_puts_nothing_off() -> None:
     world = World(seed=1, policy=None, pace=0.5, upload=1.0)
-    world.notices.append((30.0, Notice(deadline=None, nodes=("n",), ranks=(0,))))
-    world.notices.append((90.0, Notice(deadline=None, nodes=("m", "n"), ranks=(0, 1))))
+    world.notices.append((30.0, Preemption(deadline=None, nodes=("n",), ranks=(0,))))
+    world.notices.append((90.0, Preemption(deadline=None, nodes=("m", "n"), ranks=(0, 1))))
     world.run(until=150)
     assert len(world.saves) == 3
     assert world.saves[-1].begun >= 120
@@ -249,6 +249,6 @@ def test_a_second_notice_without_a_deadline_puts_nothing_off() -> None:
 
 def test_no_last_save_is_begun_that_has_no_chance() -> None:
     world = World(seed=1, policy=None, pace=0.5, upload=20.0)
-    world.notices.append((30.0, Notice(deadline=60.0, nodes=("n",), ranks=(0,))))
+    world.notices.append((30.0, Preemption(deadline=60.0, nodes=("n",), ranks=(0,))))
     world.run(until=60)
     assert len(world.saves) == 1

@@ -1,11 +1,8 @@
-"""Ray's own drain request, as a cloud's notice makes it, and what Ray has registered."""
+"""Ray's own drain request, as a cloud's notice makes it."""
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable
-from pathlib import Path
 
 import ray
 from ray.core.generated import autoscaler_pb2
@@ -20,19 +17,3 @@ def drain(address: str, node_id: str, *, seconds: float) -> None:
         int((time.time() + seconds) * 1000),
     )
     assert accepted, why
-
-
-def registered_steps(run: Path) -> list[int]:
-    """Steps of the checkpoints that Ray knows, oldest first."""
-    try:
-        state = json.loads((run / "checkpoint_manager_snapshot.json").read_text())
-    except (FileNotFoundError, ValueError):  # not there, or just being written
-        return []
-    names = [result["checkpoint_dir_name"] for result in state["checkpoint_results"]]
-    return sorted(int(name.split("_")[1]) for name in names)
-
-
-def until(condition: Callable[[], bool], alive: Callable[[], bool]) -> None:
-    while not condition():
-        assert alive(), "the run ended before its time"
-        time.sleep(0.1)

@@ -21,8 +21,10 @@ from ray.train.torch import TorchTrainer
 
 from ray_accel_ckpt import Checkpointer, EverySteps, run_config
 from ray_accel_ckpt.runtime.fake_metadata import FakeMetadata
+from ray_accel_ckpt.storage.catalog import step_of
 from ray_accel_ckpt.storage.filesystem import LocalFilesystem
-from tests.ray.drains import drain, registered_steps, until
+from tests.ray.drains import drain
+from tests.ray.runs import record, until
 from tests.training import train
 
 ROOT = Path(__file__).parents[2]
@@ -45,13 +47,13 @@ def _loop(config: dict[str, Any]) -> None:
 
     def on_loaded(resumed: bool) -> None:
         life = len(list(out.glob("life-*")))
-        record = {"resumed": ckpt.global_step if resumed else 0}
+        begun = {"resumed": ckpt.global_step if resumed else 0}
         torch.distributed.barrier()
         node = ray.get_runtime_context().get_node_id()
         (out / f"node-{life}-{rank}").write_text(node)
         torch.distributed.barrier()
         if rank == 0:
-            (out / f"life-{life}").write_text(json.dumps(record))
+            (out / f"life-{life}").write_text(json.dumps(begun))
 
     def on_step(step: int) -> None:
         (out / f"at-{rank}").write_text(str(step))
@@ -112,9 +114,9 @@ class Run:
 
     def resumed(self, life: int) -> int:
         """Wait for a life to begin; the step it begins with."""
-        record = self.out / f"life-{life}"
-        self.until(lambda: record.exists() and record.read_text() != "")
-        return int(json.loads(record.read_text())["resumed"])
+        begun = self.out / f"life-{life}"
+        self.until(lambda: begun.exists() and begun.read_text() != "")
+        return int(json.loads(begun.read_text())["resumed"])
 
     def node(self, life: int, rank: int) -> str:
         return (self.out / f"node-{life}-{rank}").read_text()
@@ -126,10 +128,16 @@ class Run:
 
     def registered(self, step: int) -> None:
         """Wait until Ray has registered a checkpoint of this very step."""
-        self.until(lambda: step in registered_steps(self.directory / "run"))
+        self.until(lambda: step in map(step_of, record(self.directory / "run").names))
 
     def until(self, condition: Callable[[], bool]) -> None:
-        until(condition, self.fit.is_alive)
+        def met() -> bool:
+            if condition():
+                return True
+            assert self.fit.is_alive(), "the run ended before its time"
+            return False
+
+        until(met)
 
 
 @contextlib.contextmanager
