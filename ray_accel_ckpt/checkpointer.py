@@ -378,7 +378,7 @@ class Checkpointer:
         registered = self._session.registered()
         with self._resumer.restorer(filesystem, only=only, strict=strict) as restorer:
             restored = (
-                restorer.newest(path, registered=registered is not None)
+                restorer.newest(path, registered=registered)
                 if input_dir is None
                 else restorer.exactly(path)
             )

@@ -33,7 +33,13 @@ from ray_accel_ckpt.runtime.destination import Destination, Wanted
 from ray_accel_ckpt.runtime.group import Group
 from ray_accel_ckpt.state.bundle import Plan
 from ray_accel_ckpt.state.tree import unflatten
-from ray_accel_ckpt.storage.catalog import ShardFetch, candidates, inherited, open_snapshot
+from ray_accel_ckpt.storage.catalog import (
+    ShardFetch,
+    candidates,
+    inherited,
+    open_snapshot,
+    step_of,
+)
 from ray_accel_ckpt.storage.filesystem import Filesystem
 
 logger = logging.getLogger(__name__)
@@ -70,7 +76,7 @@ class Restorer:
     device: torch.device
     decide: Decide
 
-    def newest(self, directory: str, *, registered: bool = False) -> Restored | None:
+    def newest(self, directory: str, *, registered: str | None = None) -> Restored | None:
         """Load the newest good checkpoint under `directory`; None if there is none at all.
 
         Collective. Rank 0 lists, all ranks verify. A bad checkpoint is passed
@@ -80,7 +86,9 @@ class Restorer:
         as long as it has none of its own (`catalog.inherited`).
 
         Args:
-            registered: Ray knows a checkpoint of this run, so there was a whole one.
+            registered: the name of Ray's latest checkpoint of this run, if it knows one:
+                then there was a whole one. Of two of the same step it comes first. (A
+                run's last step and its end are two, perhaps of different lives.)
 
         Raises:
             NoUsableCheckpointError: there are checkpoints, and none is good.
@@ -90,7 +98,8 @@ class Restorer:
         """
         faults = []
         own, begun_from = self._listed(directory)
-        whole = registered or bool(begun_from)
+        whole = registered is not None or bool(begun_from)
+        own.sort(key=lambda path: (step_of(_name(path)), _name(path) == registered), reverse=True)
         for path in [*own, *begun_from]:
             try:
                 return self.exactly(path)
@@ -274,6 +283,10 @@ def _chunks(pieces: list[Piece]) -> Iterator[list[Piece]]:
                 chunk, room = [], _CHUNK
     if chunk:
         yield chunk
+
+
+def _name(path: str) -> str:
+    return path.rpartition("/")[2]
 
 
 def _padded(nbytes: int) -> int:

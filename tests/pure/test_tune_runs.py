@@ -14,7 +14,6 @@ from ray_accel_ckpt.integrations.tune.runs import TrialRuns, newest_reference, r
 from ray_accel_ckpt.storage.catalog import inherited
 from ray_accel_ckpt.storage.fakes import MemoryFilesystem
 from ray_accel_ckpt.storage.reference import REFERENCE
-from tests.helpers_image import save
 
 HERE, THERE = "experiment/a", "experiment/b"
 FIRST, SECOND = f"{THERE}/b-0/checkpoint_00000020_aa", f"{THERE}/b-0/checkpoint_00000040_aa"
@@ -107,16 +106,6 @@ def test_only_a_directory_of_its_own_is_a_run_of_a_trial(runs: TrialRuns) -> Non
         runs.filesystem.write(f"{HERE}/{other}/file", [b"x"])
     assert runs.choose(f"{HERE}/aa-7/checkpoint_1") == "a-1"
     assert runs.choose(f"{THERE}/a-0/checkpoint_1") == "a-2"
-
-
-def test_a_run_ended_with_its_newest_whole_checkpoint(
-    memory: MemoryFilesystem, runs: TrialRuns
-) -> None:
-    assert runs.newest("a-0") is None
-    for number in (2, 9, 10):
-        save(memory, number, directory=f"{HERE}/a-0")
-    del memory.files[f"{HERE}/a-0/checkpoint_10/manifest-00000-of-00001.json"]
-    assert runs.newest("a-0") == f"{HERE}/a-0/checkpoint_9"
 
 
 def _handed(memory: MemoryFilesystem, name: str, target: str) -> str:

@@ -204,3 +204,17 @@ def test_rows_that_no_rank_wrote(memory: MemoryFilesystem) -> None:
     memory.files[manifest] = edited(memory.files[manifest], second)
     with pytest.raises(NotACheckpointError, match="not there row for row"):
         open_snapshot(memory, path)
+
+
+@pytest.mark.parametrize("registered", ["aaaaaa", "bbbbbb"])
+def test_of_two_of_the_same_step_the_one_that_ray_registered_last_comes_first(
+    memory: MemoryFilesystem, registered: str
+) -> None:
+    """A life that dies after the last step is followed by one that saves the end, at that step."""
+    for number, attempt in ((1, "aaaaaa"), (2, "bbbbbb")):
+        write_image(memory, f"{RUN}/{checkpoint_name(72, attempt)}", small_image(number), timeout=1)
+    save(memory, 71)
+    name = checkpoint_name(72, registered)
+    restored = Small(9).restorer(memory).newest(RUN, registered=name)
+    assert restored is not None
+    assert restored.path == f"{RUN}/{name}"

@@ -33,7 +33,6 @@ from dataclasses import dataclass
 
 from ray_accel_ckpt.errors import CheckpointError, NotACheckpointError
 from ray_accel_ckpt.storage.access import READ_TIMEOUT, listed
-from ray_accel_ckpt.storage.catalog import candidates, open_snapshot
 from ray_accel_ckpt.storage.filesystem import Filesystem
 from ray_accel_ckpt.storage.reference import ORIGIN, encode, read_reference
 from ray_accel_ckpt.storage.retry import retried
@@ -78,20 +77,6 @@ class TrialRuns:
     def tell(self, run: str) -> None:
         """Remember that Tune hears of `run`. Before it does: see above."""
         self._write(f"{run}/{TOLD}", b"\n")
-
-    def newest(self, run: str) -> str | None:
-        """The newest checkpoint of `run` that is whole: what a loop that has ended ended with.
-
-        Ray need not know it: a life that dies between a save and its registering is
-        followed by one that takes the save up, and does not save it again.
-        """
-        for candidate in candidates(self.filesystem, f"{self.directory}/{run}"):
-            try:
-                open_snapshot(self.filesystem, candidate.path)
-            except CheckpointError:
-                continue
-            return candidate.path
-        return None
 
     def reference(self, checkpoint: str) -> bytes:
         """What stands for `checkpoint` in a directory of Tune's, which lies in the trial's."""

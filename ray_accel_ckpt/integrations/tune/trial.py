@@ -221,9 +221,9 @@ class _Trial:
                 self._report(run, report)
             result = fitting.result()
             # A life before this one may have died between the last save and telling of it.
-            end = self.runs.newest(run)
-            if end is not None and end != last:
-                self._report(run, _Report(metrics=result.metrics or {}, checkpoint=end))
+            if result.checkpoint is not None and result.checkpoint.path != last:
+                end = _Report(metrics=result.metrics or {}, checkpoint=result.checkpoint.path)
+                self._report(run, end)
         finally:
             # Tune ends a trial by ending this thread in `report`, and the run goes on.
             if controller is not None and not fitting.done():
