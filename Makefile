@@ -53,7 +53,7 @@ chaos: $(STAMP)
 	$(RUN) -m tests.chaos --seed $(SEED) --runs $(RUNS) \
 		$(if $(OUT),--out $(OUT)) $(if $(TRACE),--trace $(TRACE))
 
-# Not part of `test`: in work.
+# Not part of `test`: two minutes that it has no room for.
 tune-tests: $(STAMP)
 	$(RUN) -m pytest -q tests/tune
 
