@@ -22,6 +22,8 @@ def cluster() -> Iterator[Cluster]:
     # Ray registers a report per poll; the default of 2 s only makes the tests longer.
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.3"
     os.environ["RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S"] = "0.3"
+    # For room only, which is there or not; starting processes may take longer.
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "10"
     import ray
 
     for attempt in range(TRIES):
