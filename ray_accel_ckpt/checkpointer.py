@@ -378,15 +378,17 @@ class Checkpointer:
         registered = self._session.registered()
         with self._resumer.restorer(filesystem, only=only, strict=strict) as restorer:
             restored = (
-                restorer.newest(path, registered=registered)
+                restorer.newest(path, registered=registered.names)
                 if input_dir is None
                 else restorer.exactly(path)
             )
         if input_dir is None:
-            self._begin_life(filesystem, path, restored, registered)
+            self._begin_life(filesystem, path, restored, registered.latest)
+            # For an end that is saved without a step: without a score Ray may rank it best.
+            self._last_metrics = self._last_metrics or registered.metrics
         if restored is not None and only is None:
             self._resumer.settle(restored)
-            self._resumed(restored.path, registered)
+            self._resumed(restored.path, registered.latest)
         return restored is not None
 
     def flush(self) -> None:

@@ -57,8 +57,8 @@ def watch_node(
     on_rebalance: Annotated[
         OnRebalance,
         typer.Option(
-            help="What to do when AWS recommends to rebalance: "
-            "the instance may be interrupted, at no stated time, or never."
+            help="What to do when AWS recommends to rebalance, or GCP announces maintenance of an "
+            "unknown kind: the machine may be taken away, or never."
         ),
     ] = OnRebalance.LOG,
     metadata_url: Annotated[

@@ -60,7 +60,7 @@ class FakeMetadata:
         self.requests: list[Request] = []
         self._fault: Fault | int | None = None
         self._tokens: dict[str, float] = {}
-        self._documents: dict[str, str] = {}
+        self._documents: dict[str, str | int] = {}
         self._events: dict[str, dict[str, Any]] = {}
         self._incarnation = 0
         self._ended = threading.Event()
@@ -113,9 +113,9 @@ class FakeMetadata:
         made = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         self._documents["events/recommendations/rebalance"] = json.dumps({"noticeTime": made})
 
-    def set_document(self, path: str, text: str) -> None:
-        """Any document of AWS below `meta-data/`, or of GCP below `v1/`."""
-        self._documents[path] = text
+    def set_document(self, path: str, document: str | int) -> None:
+        """Any document of AWS below `meta-data/`, or of GCP below `v1/`; or an error's status."""
+        self._documents[path] = document
 
     def schedule(
         self,
@@ -257,8 +257,10 @@ class FakeMetadata:
         return Answer(status=200, body=json.dumps(document))
 
     def _document(self, name: str, default: str | None = None) -> Answer:
-        body = self._documents.get(name, default)
-        return Answer(status=404) if body is None else Answer(status=200, body=body)
+        found = self._documents.get(name, default)
+        if isinstance(found, str):
+            return Answer(status=200, body=found)
+        return Answer(status=404 if found is None else found)
 
 
 def _handler_of(service: FakeMetadata) -> type[BaseHTTPRequestHandler]:

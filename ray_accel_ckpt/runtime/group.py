@@ -8,10 +8,16 @@ JSON in byte tensors: nothing is pickled.
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+from ray_accel_ckpt import errors
+from ray_accel_ckpt.errors import AccelCkptError
+
+T = TypeVar("T")
 
 
 class Group:
@@ -42,6 +48,27 @@ class Group:
     def from_rank_zero(self, value: Any) -> Any:
         """Rank 0's `value` (JSON) on every rank."""
         return self.gather(value if self.rank == 0 else None)[0]
+
+    def agreed(self, work: Callable[[], T]) -> T:
+        """What `work` returns here; if it failed on any rank, every rank raises that failure.
+
+        Raises:
+            AccelCkptError: the first rank's failure, of its kind: what is done about it
+                depends on that.
+        """
+        result, problem = None, None
+        try:
+            result = work()
+        except AccelCkptError as e:
+            problem = e
+        told = self.gather([type(problem).__name__, str(problem)] if problem else None)
+        for rank, failure in enumerate(told):
+            if failure is not None and rank == self.rank and problem is not None:
+                raise problem
+            if failure is not None:
+                kind: type[AccelCkptError] = getattr(errors, failure[0])
+                raise kind(f"rank {rank} found: {failure[1]}") from problem
+        return result  # type: ignore[return-value]
 
     def broadcast(self, buffer: torch.Tensor, source: int) -> None:
         """Fill `buffer` (uint8, on the host) on every rank with rank `source`'s bytes."""

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from ray_accel_ckpt.errors import CheckpointError
@@ -31,6 +32,8 @@ from ray_accel_ckpt.storage.retry import retried
 
 logger = logging.getLogger(__name__)
 
+_WORST = sys.float_info.max
+
 
 def heal_run(
     storage_path: str | os.PathLike[str],
@@ -45,8 +48,10 @@ def heal_run(
     the checkpoints that are whole; entries for directories that are gone are
     taken out; checkpoints that are whole and newer than the latest in the file
     are adopted: taken into it as if Ray had registered them, but for their
-    metrics, which are lost. Checkpoints are never touched. Cut off in the
-    middle, it can be called again. Do not call it while the run is going.
+    metrics, which are lost; a score of NaN or infinity, which Ray writes as null
+    and then fails to compare, becomes the worst number. Checkpoints are never
+    touched. Cut off in the middle, it can be called again. Do not call it while the
+    run is going.
 
     Args:
         checkpoint_config: the run's `ray.train.CheckpointConfig`. With a score
@@ -72,8 +77,11 @@ def heal_run(
             gone = set(registered_in(read)) - {n for n, nbytes in sizes.items() if nbytes is None}
             state = _without(read, gone)
             found += [f"checkpoint {each} is gone: taken out" for each in sorted(gone)]
+    worst = _worst_score(checkpoint_config)
+    state, unranked = _ranked(state, worst)
+    found += [f"checkpoint {each} has a score that is no number: ranked last" for each in unranked]
     adopted = _newer(filesystem, run, state)
-    state = _with(state, adopted, _lost_metrics(checkpoint_config))
+    state = _with(state, adopted, worst)
     found += [f"checkpoint {each} is whole and was not registered: adopted" for each in adopted]
     if found:
         _write(filesystem, f"{run}/{SNAPSHOT}", json.dumps(state).encode())
@@ -100,7 +108,7 @@ def _newer(filesystem: Filesystem, run: str, state: State) -> list[str]:
     return names
 
 
-def _lost_metrics(checkpoint_config: Any) -> dict[str, float]:
+def _worst_score(checkpoint_config: Any) -> dict[str, float]:
     """What Ray is told of a checkpoint whose metrics are lost.
 
     Without the score Ray ranks it best if the order is "min"; infinities and NaN
@@ -110,7 +118,12 @@ def _lost_metrics(checkpoint_config: Any) -> dict[str, float]:
     if attribute is None:
         return {}
     least = checkpoint_config.checkpoint_score_order == "min"
-    return {attribute: sys.float_info.max if least else -sys.float_info.max}
+    return {attribute: _WORST if least else -_WORST}
+
+
+def without_placeholders(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics of a registered checkpoint, but for what stands for those that are lost."""
+    return {name: value for name, value in metrics.items() if value not in (_WORST, -_WORST)}
 
 
 def _with(state: State, names: list[str], metrics: dict[str, float]) -> State:
@@ -130,6 +143,49 @@ def _with(state: State, names: list[str], metrics: dict[str, float]) -> State:
         "latest_checkpoint_result": results[-1],
         "current_report_index": begin + len(names),
     }
+
+
+def _ranked(state: State, worst: dict[str, float]) -> tuple[State, list[str]]:
+    """The record with the worst score for null, and whose score that was.
+
+    Ray writes NaN and infinities as null, and fails at the first comparison with one
+    in the next driver. Those that get the worst score come first, as in `_with`.
+    """
+    ranked, others, names = [], [], []
+    for index, result in zip(
+        state["checkpoint_report_indices"], state["checkpoint_results"], strict=True
+    ):
+        metrics = _without_null(result["metrics"], worst)
+        if metrics == result["metrics"]:
+            others.append((index, result))
+        else:
+            ranked.append((index, {**result, "metrics": metrics}))
+            names.append(result["checkpoint_dir_name"])
+    if not names:
+        return state, []
+    in_order = [*ranked, *others]
+    latest = state["latest_checkpoint_result"]
+    if latest is not None:
+        latest = {**latest, "metrics": _without_null(latest["metrics"], worst)}
+    return {
+        **state,
+        "checkpoint_results": [result for _, result in in_order],
+        "checkpoint_report_indices": [index for index, _ in in_order],
+        "latest_checkpoint_result": latest,
+    }, names
+
+
+def _without_null(metrics: dict[str, Any], worst: dict[str, float]) -> dict[str, Any]:
+    """Metrics with the worst score in the place of null. Ray calls nested ones `a/b`."""
+    filled: dict[str, Any] = {}
+    for key, value in metrics.items():
+        if isinstance(value, dict):
+            prefix = f"{key}/"
+            below = {n.removeprefix(prefix): s for n, s in worst.items() if n.startswith(prefix)}
+            filled[key] = _without_null(value, below)
+        else:
+            filled[key] = worst.get(key) if value is None else value
+    return filled
 
 
 def _without(state: State, gone: set[str]) -> State:

@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from ray_accel_ckpt.errors import ConfigurationError
+from ray_accel_ckpt.runtime.record import read_record
 from ray_accel_ckpt.storage.filesystem import Filesystem, wrap
+
+
+@dataclass(frozen=True, kw_only=True)
+class Registered:
+    """What Ray knows of a run's checkpoints.
+
+    Attributes:
+        names: of those it keeps, in the order it came to know them. Each was whole.
+        metrics: what was reported with the latest.
+    """
+
+    names: tuple[str, ...] = ()
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def latest(self) -> str | None:
+        return self.names[-1] if self.names else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,17 +48,37 @@ class RayRun:
     path: str
     arrow: Any
 
-    def registered(self) -> str | None:
-        """The name of the latest checkpoint that Ray knows of; as it was when the worker started,
-        until this worker reports one."""
+    def registered(self) -> Registered:
+        """As it was when the worker started, until this worker reports a checkpoint.
+
+        Raises:
+            StorageError: Ray's record of the run cannot be read.
+        """
         import ray.train
 
         checkpoint = ray.train.get_checkpoint()
-        return None if checkpoint is None else str(checkpoint.path).rpartition("/")[2]
+        if checkpoint is None:
+            return Registered()
+        latest = str(checkpoint.path).rpartition("/")[2]
+        record = read_record(self.filesystem, self.path)
+        if record is None or record.latest != latest:
+            # Torn, or behind what Ray has in memory.
+            return Registered(names=(latest,))
+        earlier = tuple(name for name in record.order if name != latest)
+        return Registered(names=(*earlier, latest), metrics=_as_reported(record.metrics))
 
     @property
     def filesystem(self) -> Filesystem:
         return wrap(self.arrow)
+
+
+def _as_reported(value: Any) -> Any:
+    """Ray writes NaN and infinities as null, and could not rank a null that is reported again."""
+    if isinstance(value, dict):
+        return {key: _as_reported(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_as_reported(each) for each in value]
+    return math.nan if value is None else value
 
 
 def current_run() -> RayRun | None:

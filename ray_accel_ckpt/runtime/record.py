@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from ray_accel_ckpt.storage.access import listed, read_file
@@ -28,11 +29,15 @@ class Record:
 
     Attributes:
         names: of every directory that the record mentions, for whatever reason.
+        order: of the registered checkpoints that Ray keeps, as it came to know them.
         latest: the checkpoint registered last, if there is one.
+        metrics: the latest's. NaN and infinities are None there: Ray writes them so.
     """
 
     names: frozenset[str]
+    order: tuple[str, ...] = ()
     latest: str | None
+    metrics: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def step(self) -> int:
@@ -59,9 +64,13 @@ def read_record(filesystem: Filesystem, run: str) -> Record | None:
     if state is None:
         return None
     latest = state["latest_checkpoint_result"]
+    indices = state["checkpoint_report_indices"]
+    in_order = sorted(zip(indices, registered_in(state), strict=True))
     return Record(
         names=frozenset(names_in(state)),
+        order=tuple(name for _, name in in_order),
         latest=None if latest is None else str(latest["checkpoint_dir_name"]),
+        metrics={} if latest is None else latest["metrics"],
     )
 
 

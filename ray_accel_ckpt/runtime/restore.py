@@ -11,15 +11,15 @@ than its slot and one chunk.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from itertools import accumulate
+from typing import Any
 
 import torch
 
-from ray_accel_ckpt import errors
 from ray_accel_ckpt.errors import (
-    AccelCkptError,
     CheckpointError,
     CorruptCheckpointError,
     FormatVersionError,
@@ -43,7 +43,6 @@ from ray_accel_ckpt.storage.catalog import (
 from ray_accel_ckpt.storage.filesystem import Filesystem
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
 _CHUNK = 32 * 2**20
 """Bytes of one broadcast, at most: the memory a rank needs beside its slot."""
@@ -76,7 +75,7 @@ class Restorer:
     device: torch.device
     decide: Decide
 
-    def newest(self, directory: str, *, registered: str | None = None) -> Restored | None:
+    def newest(self, directory: str, *, registered: Sequence[str] = ()) -> Restored | None:
         """Load the newest good checkpoint under `directory`; None if there is none at all.
 
         Collective. Rank 0 lists, all ranks verify. A bad checkpoint is passed
@@ -86,9 +85,11 @@ class Restorer:
         as long as it has none of its own (`catalog.inherited`).
 
         Args:
-            registered: the name of Ray's latest checkpoint of this run, if it knows one:
-                then there was a whole one. Of two of the same step it comes first. (A
-                run's last step and its end are two, perhaps of different lives.)
+            registered: names of the checkpoints of this run that Ray knows of, the latest
+                last: then there was a whole one. Their order is that of time, whatever
+                their steps are: a loop may have gone back to an earlier step, and a
+                run's last step and its end are two checkpoints of one step. Others
+                are taken to be as old as their step is.
 
         Raises:
             NoUsableCheckpointError: there are checkpoints, and none is good.
@@ -98,9 +99,8 @@ class Restorer:
         """
         faults = []
         own, begun_from = self._listed(directory)
-        whole = registered is not None or bool(begun_from)
-        own.sort(key=lambda path: (step_of(_name(path)), _name(path) == registered), reverse=True)
-        for path in [*own, *begun_from]:
+        whole = bool(registered) or bool(begun_from)
+        for path in [*_newest_first(own, registered), *begun_from]:
             try:
                 return self.exactly(path)
             except FormatVersionError:
@@ -124,15 +124,15 @@ class Restorer:
 
         On any error no live tensor has been changed, on any rank.
         """
-        snapshot = self._agreed(lambda: self._open(path))
-        plan = self._agreed(lambda: self.decide(snapshot))
+        snapshot = self.group.agreed(lambda: self._open(path))
+        plan = self.group.agreed(lambda: self.decide(snapshot))
         rank = self.group.rank
-        tensors = self._agreed(lambda: Destination(plan, snapshot, rank, self.device))
+        tensors = self.group.agreed(lambda: Destination(plan, snapshot, rank, self.device))
         wanted = Wanted(plan, snapshot, tensors, rank)
         self._require_same(wanted, path)
-        staged = self._agreed(lambda: self._read(snapshot, wanted))
+        staged = self.group.agreed(lambda: self._read(snapshot, wanted))
         self._deal(wanted, staged, tensors, live=False)
-        states = self._agreed(lambda: self._understood(plan, tensors))
+        states = self.group.agreed(lambda: self._understood(plan, tensors))
         # All of it is read, proved and understood, on every rank. From here on state changes.
         self._deal(wanted, staged, tensors, live=True)
         for (part, _), state in zip(plan.parts, states, strict=True):
@@ -167,25 +167,8 @@ class Restorer:
             own = [candidate.path for candidate in candidates(self.filesystem, directory)]
             return own, inherited(self.filesystem, directory)
 
-        own, begun_from = self.group.from_rank_zero(self._agreed(lists))
+        own, begun_from = self.group.from_rank_zero(self.group.agreed(lists))
         return own, begun_from
-
-    def _agreed(self, work: Callable[[], T]) -> T:
-        """Run `work`; if any rank failed, every rank raises that failure."""
-        result, problem = None, None
-        try:
-            result = work()
-        except AccelCkptError as e:
-            problem = e
-        told = self.group.gather([type(problem).__name__, str(problem)] if problem else None)
-        # The first rank's failure on all: what is done about it depends on its kind.
-        for rank, failure in enumerate(told):
-            if failure is not None and rank == self.group.rank and problem is not None:
-                raise problem
-            if failure is not None:
-                kind: type[AccelCkptError] = getattr(errors, failure[0])
-                raise kind(f"rank {rank} found: {failure[1]}") from problem
-        return result  # type: ignore[return-value]
 
     def _require_same(self, wanted: Wanted, path: str) -> None:
         """What is broadcast must be the same on all ranks, whatever the manifests claim."""
@@ -283,6 +266,24 @@ def _chunks(pieces: list[Piece]) -> Iterator[list[Piece]]:
                 chunk, room = [], _CHUNK
     if chunk:
         yield chunk
+
+
+def _newest_first(paths: Iterable[str], registered: Sequence[str]) -> list[str]:
+    """By time as far as it is known. `paths` come with the highest step first."""
+    index = {name: i for i, name in enumerate(registered)}
+    by_step = sorted((step_of(name), i) for name, i in index.items())
+    steps = [step for step, _ in by_step]
+    # The latest registered one of those whose steps are the first so many.
+    latest = [-1, *accumulate((i for _, i in by_step), max)]
+
+    def age(path: str) -> tuple[int, bool, int]:
+        name = _name(path)
+        step = step_of(name)
+        if name in index:
+            return index[name], False, step
+        return latest[bisect_left(steps, step)], True, step
+
+    return sorted(paths, key=age, reverse=True)
 
 
 def _name(path: str) -> str:

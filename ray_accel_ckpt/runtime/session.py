@@ -11,7 +11,13 @@ import torch
 from ray_accel_ckpt.errors import ConfigurationError, StorageError
 from ray_accel_ckpt.project import ProjectConfiguration
 from ray_accel_ckpt.runtime.group import Group
-from ray_accel_ckpt.runtime.ray_run import RayRun, current_run, in_local_mode, ray_world_size
+from ray_accel_ckpt.runtime.ray_run import (
+    RayRun,
+    Registered,
+    current_run,
+    in_local_mode,
+    ray_world_size,
+)
 from ray_accel_ckpt.runtime.sweep import Sweeper
 from ray_accel_ckpt.storage.background import BackgroundWriter
 from ray_accel_ckpt.storage.filesystem import Filesystem, resolve
@@ -112,15 +118,20 @@ class Session:
             "automatic_checkpoint_naming=True",
         )
 
-    def registered(self) -> str | None:
-        """The name of the latest checkpoint of the run that Ray knows of: one that was whole.
+    def registered(self) -> Registered:
+        """What Ray knows of the run's checkpoints; nothing without Ray.
 
         Collective: rank 0's answer, since Ray's differs between ranks once they have reported.
+
+        Raises:
+            StorageError: Ray's record of the run cannot be read.
         """
-        if self.run is None:
-            return None
-        name: str | None = self.group.from_rank_zero(self.run.registered())
-        return name
+        run = self.run
+        if run is None:
+            return Registered()
+        found = self.group.agreed(lambda: run.registered() if self.group.rank == 0 else None)
+        names, metrics = self.group.from_rank_zero(found and [found.names, found.metrics])
+        return Registered(names=tuple(names), metrics=metrics)
 
     def begin_sweeping(self, *, resumed_from: str | None, registered: str | None) -> None:
         """Let rank 0 remove, in the background, what earlier attempts left in the run."""

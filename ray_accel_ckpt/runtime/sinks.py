@@ -62,7 +62,8 @@ def sink_for(
 ) -> Sink | None:
     """The way out for one save; None in Ray's local mode without a place to save to."""
     serial = session.saves_at_step.get(step, 0)
-    session.saves_at_step = {step: serial + 1}
+    # Of all steps, not of the latest: a loop may go back to an earlier one by `load_state`.
+    session.saves_at_step[step] = serial + 1
     save_id = session.attempt + (f"{serial:02x}" if serial else "")
     if output_dir is not None:
         filesystem, path = resolve(output_dir)

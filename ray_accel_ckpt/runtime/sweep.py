@@ -27,6 +27,7 @@ from typing import Any
 
 from ray_accel_ckpt.errors import (
     AccelCkptError,
+    CheckpointError,
     CorruptCheckpointError,
     FormatVersionError,
     NotACheckpointError,
@@ -142,7 +143,8 @@ def sweep_run(
     """Remove the orphans of the run (storage_path, name). Do not call it while the run is going.
 
     Nothing is removed while Ray's record is torn; see `heal_run`. What is whole
-    and newer than Ray's latest stays: a new driver adopts it.
+    and newer than Ray's latest stays: a new driver adopts it. If Ray's latest is not
+    good itself, all that is whole stays.
 
     Args:
         dry_run: only say what would be removed.
@@ -160,6 +162,8 @@ def sweep_run(
         logger.warning("%s: nothing is swept, Ray's record of the run is torn", run)
         return ()
     orphans = look(filesystem, run, record).orphans
+    if not _stands(filesystem, run, record):
+        orphans = tuple(orphan for orphan in orphans if not orphan.whole)
     if not dry_run:
         for orphan in orphans:
             remove(filesystem, orphan)
@@ -242,6 +246,18 @@ class Sweeper:
         except (StorageError, OSError) as e:
             # The others go all the same.
             logger.warning("%s was not removed, it will be tried again: %s", orphan.path, e)
+
+
+def _stands(filesystem: Filesystem, run: str, record: Record) -> bool:
+    """Whether Ray's latest can be resumed from, as far as can be told without reading it all."""
+    if record.latest is None:
+        return False
+    try:
+        open_snapshot(filesystem, f"{run}/{record.latest}")
+    except CheckpointError as e:
+        logger.warning("what is whole is not swept: %s", e)
+        return False
+    return True
 
 
 def _whole(filesystem: Filesystem, candidate: Candidate) -> bool | None:

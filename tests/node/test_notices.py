@@ -274,6 +274,23 @@ def test_maintenance_that_ends_the_machine_takes_it(gcp: FakeMetadata) -> None:
     assert sooner.deadline < notice.deadline, "the earlier of two notices is told"
 
 
+def test_maintenance_of_an_unknown_kind_is_a_risk(gcp: FakeMetadata) -> None:
+    gcp.set_document("instance/maintenance-event", "SHUTDOWN_ON_HOST_MAINTENANCE")
+    notice = source(gcp).poll()
+    assert notice is not None and notice.kind is Kind.AT_RISK
+    assert "SHUTDOWN_ON_HOST_MAINTENANCE" in notice.reason
+
+
+@pytest.mark.parametrize("answer", ["SHUTDOWN_ON_HOST_MAINTENANCE", 503])
+def test_a_preemption_is_heard_whatever_is_wrong_with_the_other_key(
+    gcp: FakeMetadata, answer: str | int
+) -> None:
+    gcp.set_document("instance/maintenance-event", answer)
+    gcp.preempt(DEADLINE)
+    notice = source(gcp).poll()
+    assert notice is not None and notice.reason == "GCP preemption"
+
+
 def test_a_live_migration_is_a_pause(gcp: FakeMetadata) -> None:
     gcp.set_document("instance/maintenance-event", "MIGRATE_ON_HOST_MAINTENANCE")
     notice = source(gcp).poll()

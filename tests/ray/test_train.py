@@ -20,7 +20,7 @@ from torch import nn
 from ray_accel_ckpt import Checkpointer, EverySteps, errors, heal_run, open_checkpoint, run_config
 from ray_accel_ckpt.storage.catalog import step_of
 from tests.ray.faults import POINTS
-from tests.ray.runs import EVERY, digests, fit, loop, records
+from tests.ray.runs import EVERY, digests, fit, loop, record, records, until
 
 pytestmark = [
     pytest.mark.usefixtures("cluster"),
@@ -61,6 +61,39 @@ def test_killed_in_its_last_save_a_run_has_its_end_as_result(tmp_path: Path) -> 
     saved = open_checkpoint(result.checkpoint)
     assert (saved.step, saved.epoch) == (24, 1)
     assert saved.path != resumed_from, "it was registered: nothing is shown"
+    # Ray would rank an end without the score best if the order is "min", and delete the others.
+    assert set(result.metrics) == {"loss"}
+
+
+def _back_loop(config: dict[str, Any]) -> None:
+    """Three steps, back to the first, and four more."""
+    ckpt = Checkpointer(save=EverySteps(1))
+    ckpt.prepare(nn.Linear(2, 2))
+    ckpt.load_state()
+    for last in (3, 5):
+        for _ in ckpt.epochs(1):
+            while ckpt.global_step < last:
+                ckpt.step()
+                until(lambda: record(config["run"]).step == ckpt.global_step)
+        (first,) = Path(config["run"]).glob("checkpoint_00000001_*")
+        if last == 3:
+            assert ckpt.load_state(first)
+
+
+def test_a_loop_that_goes_back_saves_in_directories_of_their_own(tmp_path: Path) -> None:
+    trainer = TorchTrainer(
+        _back_loop,
+        train_loop_config={"run": str(tmp_path / "run")},
+        scaling_config=ScalingConfig(num_workers=1),
+        run_config=run_config("run", tmp_path, num_to_keep=8),
+    )
+    result = trainer.fit()
+    assert open_checkpoint(result.checkpoint).step == 5
+    # The end has the same step as the last one, twice.
+    kept = [open_checkpoint(checkpoint) for checkpoint, _ in result.best_checkpoints]
+    assert [saved.step for saved in kept] == [2, 3, 3, 2, 3, 4, 5, 5]
+    for saved in kept:
+        saved.verify()
 
 
 @pytest.fixture

@@ -206,6 +206,25 @@ def test_rows_that_no_rank_wrote(memory: MemoryFilesystem) -> None:
         open_snapshot(memory, path)
 
 
+def test_what_ray_registered_comes_in_the_order_of_time(memory: MemoryFilesystem) -> None:
+    """A loop that went back to step 5 and on to 10: the first 15 is of a past given up."""
+    names = [checkpoint_name(step, "aaaaaa") for step in (5, 10, 15)]
+    names += [checkpoint_name(10, "aaaaaa01")]
+    others = [checkpoint_name(step, "bbbbbb") for step in (4, 7, 12)]
+    for name in [*names, *others]:
+        write_image(memory, f"{RUN}/{name}", small_image(1), timeout=1.0)
+    first, second, given_up, back = names
+    oldest, between, newer = others
+    expected = [newer, back, given_up, second, between, first, oldest]
+    found = []
+    while len(found) < len(expected):
+        restored = Small(9).restorer(memory).newest(RUN, registered=names)
+        assert restored is not None
+        found.append(restored.path.rpartition("/")[2])
+        memory.delete(restored.path)
+    assert found == expected
+
+
 @pytest.mark.parametrize("registered", ["aaaaaa", "bbbbbb"])
 def test_of_two_of_the_same_step_the_one_that_ray_registered_last_comes_first(
     memory: MemoryFilesystem, registered: str
@@ -215,6 +234,6 @@ def test_of_two_of_the_same_step_the_one_that_ray_registered_last_comes_first(
         write_image(memory, f"{RUN}/{checkpoint_name(72, attempt)}", small_image(number), timeout=1)
     save(memory, 71)
     name = checkpoint_name(72, registered)
-    restored = Small(9).restorer(memory).newest(RUN, registered=name)
+    restored = Small(9).restorer(memory).newest(RUN, registered=[name])
     assert restored is not None
     assert restored.path == f"{RUN}/{name}"

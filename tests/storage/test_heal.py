@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ class Ray:
         self._storage = StorageContext(run.parent, run.name)
         self._manager = CheckpointManager(config, self._storage)
 
-    def register(self, name: str, **metrics: float) -> None:
+    def register(self, name: str, **metrics: Any) -> None:
         path = self._storage.build_checkpoint_path_from_name(name)
         checkpoint = Checkpoint(path, self._storage.storage_filesystem)
         report = _TrainingReport(checkpoint=checkpoint, metrics=metrics, validation=False)
@@ -145,6 +146,10 @@ def test_with_a_score_those_whose_metrics_are_lost_rank_last(
     assert _heal(run, config)[-1] == f"checkpoint {adopted} {ADOPTED}"
     if not torn:
         assert Ray(run, config).names == [adopted, known]
+    # With a record that was torn the known one's are lost too.
+    registered = json.loads((run / SNAPSHOT).read_text())["checkpoint_results"]
+    metrics = [heal.without_placeholders(each["metrics"]) for each in registered]
+    assert metrics == [{}, {} if torn else {"score": 2.0}]
     for step, score in ((12, 2.0), (16, best), (20, 2.0)):
         # A driver for each: what is adopted must come through Ray's own writing.
         ray = Ray(run, config)
@@ -153,6 +158,36 @@ def test_with_a_score_those_whose_metrics_are_lost_rank_last(
     assert ray.names[-1] == checkpoint_name(16, "aaaaaa")
     assert len(ray.names) == 2
     assert not (run / adopted).exists()
+
+
+@pytest.mark.parametrize("order", ["min", "max"])
+@pytest.mark.parametrize("score", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("attribute", ["loss", "eval/loss"])
+def test_a_score_that_ray_writes_as_null_ranks_last(
+    run: Path, attribute: str, score: float, order: str
+) -> None:
+    """Without it, the next driver's first save ends the run."""
+    config = CheckpointConfig(
+        num_to_keep=2, checkpoint_score_attribute=attribute, checkpoint_score_order=order
+    )
+
+    def metrics(value: float) -> dict[str, Any]:
+        # A null that is no score is none of our business, wherever it lies.
+        others: dict[str, Any] = {"other": math.nan, "test": {"loss": math.nan}}
+        return {**others, **({"loss": value} if attribute == "loss" else {"eval": {"loss": value}})}
+
+    known, bad = _saved(run, 4), _saved(run, 8)
+    ray = Ray(run, config)
+    ray.register(known, **metrics(2.0))
+    ray.register(bad, **metrics(score))
+    assert _heal(run, config) == (f"checkpoint {bad} has a score that is no number: ranked last",)
+    assert _heal(run, config) == ()
+    ray = Ray(run, config)
+    assert ray.names == [bad, known]
+    assert (Path(ray.latest.checkpoint.path).name, ray.latest.metrics["other"]) == (bad, None)
+    ray.register(_saved(run, 12), **metrics(3.0))
+    assert bad not in ray.names
+    assert not (run / bad).exists()
 
 
 def test_cut_off_anywhere_it_is_done_when_called_again(

@@ -240,6 +240,24 @@ def test_nothing_is_swept_by_a_record_that_cannot_be_understood(tmp_path: Path) 
     assert len(sweep_run(tmp_path, "run")) == 1
 
 
+@pytest.mark.parametrize("gone", [None, SHARD, MANIFEST])
+def test_what_is_whole_stays_while_rays_latest_is_not_good(
+    tmp_path: Path, gone: str | None
+) -> None:
+    for step, attempt in ((10, EARLIER), (20, PRESENT)):
+        for rank in range(2):
+            image = small_image(step, rank=rank, world_size=2)
+            path = tmp_path / "run" / checkpoint_name(step, attempt)
+            write_image(LocalFilesystem(), str(path), image, timeout=1.0)
+    cut_off = tmp_path / "run" / checkpoint_name(15, EARLIER)
+    cut_off.mkdir()
+    (tmp_path / "run" / SNAPSHOT).write_bytes(_record(path.name))
+    if gone is not None:
+        (path / gone).unlink()
+    swept = [checkpoint_name(15, EARLIER)] + [checkpoint_name(10, EARLIER)] * (gone is None)
+    assert [orphan.name for orphan in sweep_run(tmp_path, "run")] == swept
+
+
 # --- beside training -----------------------------------------------------------------------
 
 

@@ -133,30 +133,36 @@ def newest_reference(filesystem: Filesystem, trial: str) -> Reference | None:
     return None
 
 
+def standing_reference(filesystem: Filesystem, handed: str) -> str:
+    """`handed`, a directory of Tune's; if Tune has removed it, the newest of the same trial.
+
+    Where there is none either, `handed` itself.
+    """
+    if _names(filesystem, handed):
+        return handed
+    newest = newest_reference(filesystem, posixpath.dirname(handed))
+    if newest is None:
+        return handed
+    logger.warning("%s is gone; going on from %s instead", handed, newest.path)
+    return newest.path
+
+
 def reference_at(filesystem: Filesystem, handed: str) -> Reference:
     """What Tune's checkpoint at `handed` stands for.
-
-    If Tune's own `num_to_keep` has removed it, the newest of the same trial is
-    taken, with a warning.
 
     Raises:
         NotACheckpointError: it is none that this integration reported.
         CorruptCheckpointError: the reference is damaged.
     """
     checkpoint = read_reference(filesystem, handed, timeout=READ_TIMEOUT)
-    if checkpoint is not None:
-        return Reference(path=handed, checkpoint=checkpoint)
-    if not _names(filesystem, handed):
-        newest = newest_reference(filesystem, posixpath.dirname(handed))
-        if newest is not None:
-            logger.warning("%s is gone; going on from %s instead", handed, newest.checkpoint)
-            return newest
-    raise NotACheckpointError(
-        "a trial was handed a checkpoint that is no reference",
-        where=handed,
-        why="it is gone with all others of its trial, or another trainable reported it",
-        remedy="restore the experiment with the trainable it was begun with",
-    )
+    if checkpoint is None:
+        raise NotACheckpointError(
+            "a trial was handed a checkpoint that is no reference",
+            where=handed,
+            why="another trainable reported it",
+            remedy="restore the experiment with the trainable it was begun with",
+        )
+    return Reference(path=handed, checkpoint=checkpoint)
 
 
 def _names(filesystem: Filesystem, directory: str) -> list[str]:

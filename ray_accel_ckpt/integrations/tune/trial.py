@@ -12,8 +12,10 @@ would wait for a cleaner of Ray Train's, which needs the cluster's dashboard.
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
+import posixpath
 import tempfile
 import threading
 from collections.abc import Callable, Mapping
@@ -31,8 +33,14 @@ from ray.tune.trainable.function_trainable import wrap_function
 from ray.util.queue import Empty, Queue
 
 from ray_accel_ckpt.errors import ConfigurationError
-from ray_accel_ckpt.integrations.tune.runs import TrialRuns, newest_reference, reference_at
+from ray_accel_ckpt.integrations.tune.runs import (
+    TrialRuns,
+    newest_reference,
+    reference_at,
+    standing_reference,
+)
 from ray_accel_ckpt.runtime.configs import run_config
+from ray_accel_ckpt.runtime.heal import without_placeholders
 from ray_accel_ckpt.storage.filesystem import wrap
 from ray_accel_ckpt.storage.reference import REFERENCE
 
@@ -47,6 +55,10 @@ some hyperparameters cannot work, and the search has to learn of it."""
 
 _END_TIMEOUT = 60.0
 """Seconds that a stopped trial's run is given to end. Ray Train gives its workers 5."""
+
+_THREAD_TIMEOUT = 90
+"""Seconds that Tune waits for the function to end before it gives up on reusing its process.
+Longer than the end of a run may take; Tune's default is 2."""
 
 _POLL = 1.0
 """Seconds after which the function looks whether the run has ended without a word."""
@@ -123,14 +135,23 @@ def trainable(
 
     # Tune names experiments and trials by it.
     name = getattr(train_loop_per_worker, "__name__", "trial")
-    return type(name, (_Ending, wrap_function(run_trial, name=name)), {})
+    return type(name, (_OfTrials, wrap_function(run_trial, name=name)), {})
 
 
-class _Ending:
-    """A function trainable that, stopped by Tune, exits when its run has ended."""
+class _OfTrials:
+    """What Tune's function trainables lack: they end their run, and find what is left."""
+
+    def restore(self, checkpoint_path: Any) -> None:
+        """Called by Tune, which would fail the trial if it had itself removed the checkpoint."""
+        handed: ray.tune.Checkpoint = checkpoint_path.checkpoint
+        standing = standing_reference(wrap(handed.filesystem), handed.path)
+        if standing != handed.path:
+            checkpoint_path = copy.copy(checkpoint_path)
+            checkpoint_path.checkpoint = ray.tune.Checkpoint(standing, handed.filesystem)
+        super().restore(checkpoint_path)  # type: ignore[misc]
 
     def cleanup(self) -> None:
-        """Called by Tune. The function's thread is told to end, and is not waited for by Ray."""
+        """Called by Tune when it stops a trial, whose function it does not wait for."""
         super().cleanup()  # type: ignore[misc]
         if not _ENDED.wait(_END_TIMEOUT):
             logger.warning("the run of a stopped trial has not ended in %d s", _END_TIMEOUT)
@@ -172,7 +193,7 @@ class _Trial:
 
     Attributes:
         handed: the checkpoint that Tune's stands for, if it handed one over.
-        metrics: those last reported, at first by a life before this one.
+        metrics: the last value of each that was reported, at first by a life before this one.
     """
 
     runs: TrialRuns
@@ -189,7 +210,8 @@ class _Trial:
         arrow = storage.storage_filesystem
         runs = TrialRuns(
             filesystem=wrap(arrow),
-            directory=storage.trial_fs_path.rstrip("/"),
+            # A user's path may have `..` in it; those that references lead to have none.
+            directory=posixpath.normpath(storage.trial_fs_path),
             trial=context.get_trial_id(),
         )
         handed = ray.tune.get_checkpoint()
@@ -207,13 +229,12 @@ class _Trial:
     def run(self, trainer: Callable[[str, UserCallback], TorchTrainer]) -> None:
         """Run to the end, telling Tune of each report on the way."""
         run = self.runs.choose(self.handed)
+        os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", str(_THREAD_TIMEOUT))
         inbox = Queue(actor_options={"num_cpus": 0})
-        # How long Tune waits for this thread to end before it reuses the process: 2 s by default.
-        os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", str(int(_END_TIMEOUT)))
-        _ENDED.clear()
         fitting = _in_background(trainer(run, _Forward(inbox)).fit)
         controller = None
         last = self.handed
+        _ENDED.clear()
         try:
             while (report := _next(inbox, fitting)) is not None:
                 controller = report.controller
@@ -231,9 +252,11 @@ class _Trial:
             _ENDED.set()
 
     def _report(self, run: str, report: _Report) -> None:
-        # A life that began at the end of the loop saves it without a step, and so without
-        # metrics. Tune takes no report that lacks what it searches for.
-        self.metrics = report.metrics or self.metrics
+        # Some saves have no metrics, or not all: those of a notice of preemption, that at the
+        # end of a loop. Tune would end the search at a report that lacks what it searches for.
+        self.metrics = {**self.metrics, **without_placeholders(report.metrics)}
+        if not self.metrics:
+            return
         if report.checkpoint is None:
             ray.tune.report(dict(self.metrics))
             return

@@ -6,13 +6,9 @@ https://cloud.google.com/compute/docs/metadata/getting-live-migration-notice
 
 from __future__ import annotations
 
-from typing import TypeVar
-
 from ray_accel_ckpt.errors import MetadataError
 from ray_accel_ckpt.runtime.notices.metadata import Metadata
-from ray_accel_ckpt.runtime.notices.notice import FirstSeen, Kind, Notice, most_urgent
-
-Meaning = TypeVar("Meaning")
+from ray_accel_ckpt.runtime.notices.notice import FirstSeen, Kind, Notice
 
 HEADERS = {"Metadata-Flavor": "Google"}
 INSTANCE = "/computeMetadata/v1/instance/"
@@ -24,7 +20,6 @@ MAINTENANCE_SECONDS = 60.0
 
 _PREEMPTED = {"TRUE": True, "FALSE": False}
 _MAINTENANCE = {
-    "NONE": None,
     "MIGRATE_ON_HOST_MAINTENANCE": Kind.PAUSED,
     "TERMINATE_ON_HOST_MAINTENANCE": Kind.TAKEN,
 }
@@ -44,35 +39,36 @@ class GcpNotices:
         return reply.status == 200 and reply.headers.get("Metadata-Flavor") == "Google"
 
     def poll(self) -> Notice | None:
-        preempted = self._one_of("preempted", _PREEMPTED, default="FALSE")
-        maintenance = self._one_of("maintenance-event", _MAINTENANCE, default="NONE")
-        self._seen.keep(["preempted"] * preempted + ["maintenance"] * (maintenance is not None))
-        notices = []
-        if preempted:
-            notices.append(
-                Notice(
-                    kind=Kind.TAKEN,
-                    reason="GCP preemption",
-                    deadline=self._seen["preempted"] + PREEMPTION_SECONDS,
-                )
+        # It leaves the least time: nothing that is wrong with the other key may hide it.
+        if self._preempted():
+            self._seen.keep(["preempted"])
+            return Notice(
+                kind=Kind.TAKEN,
+                reason="GCP preemption",
+                deadline=self._seen["preempted"] + PREEMPTION_SECONDS,
             )
-        if maintenance is not None:
-            notices.append(
-                Notice(
-                    kind=maintenance,
-                    reason="GCP host maintenance",
-                    deadline=self._seen["maintenance"] + MAINTENANCE_SECONDS,
-                )
-            )
-        return most_urgent(notices)
+        event = self._value("maintenance-event", default="NONE")
+        if event == "NONE":
+            self._seen.keep([])
+            return None
+        self._seen.keep([event])
+        return Notice(
+            # Google says more here from time to time; what is not known is no reason to be deaf.
+            kind=_MAINTENANCE.get(event, Kind.AT_RISK),
+            reason=f"GCP host maintenance ({event[:100]})",
+            deadline=self._seen[event] + MAINTENANCE_SECONDS,
+        )
 
-    def _one_of(self, key: str, meanings: dict[str, Meaning], default: str) -> Meaning:
-        text = self._metadata.get(INSTANCE + key, HEADERS).found()
-        value = default if text is None else text.strip()
-        if value not in meanings:
+    def _preempted(self) -> bool:
+        value = self._value("preempted", default="FALSE")
+        if value not in _PREEMPTED:
             raise MetadataError(
                 "the metadata service answered with no value known",
-                where=INSTANCE + key,
-                why=f"{value[:200]!r} is none of {', '.join(meanings)}",
+                where=INSTANCE + "preempted",
+                why=f"{value[:200]!r} is none of {', '.join(_PREEMPTED)}",
             )
-        return meanings[value]
+        return _PREEMPTED[value]
+
+    def _value(self, key: str, default: str) -> str:
+        text = self._metadata.get(INSTANCE + key, HEADERS).found()
+        return default if text is None else text.strip()
