@@ -121,6 +121,7 @@ def test_an_exploited_trial_goes_on_from_the_other_and_killed_from_its_own(tmp_p
         return bool(result["step"] != EXPLOIT_AT)
 
     out = tmp_path / "out"
+    out.mkdir()
     results = tune.Tuner(
         trainable(_loop, scaling_config=ScalingConfig(num_workers=1)),
         param_space={
@@ -145,7 +146,8 @@ def test_an_exploited_trial_goes_on_from_the_other_and_killed_from_its_own(tmp_p
         ),
         run_config=tune.RunConfig(
             name="search",
-            storage_path=str(tmp_path),
+            # A user's way of writing it, which paths in references do not have.
+            storage_path=f"{out}/..",
             callbacks=[_OnResult(kill)],
             failure_config=tune.FailureConfig(max_failures=1),
         ),
