@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import requests
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from ray_accel_ckpt.errors import MetadataError
@@ -135,6 +135,8 @@ def test_a_body_that_comes_byte_by_byte_is_not_waited_for(gcp: FakeMetadata) -> 
 @given(text=st.text(alphabet=st.characters(codec="utf-8")) | st.just("[" * 100_000))
 @pytest.mark.parametrize("cloud", CLOUDS)
 def test_no_document_is_believed_that_is_none(cloud: Cloud, text: str) -> None:
+    assume(text.strip() not in ("TRUE", "FALSE"))  # GCP's documents
+
     # Everything but the token and the own name is this text.
     class Constant(Metadata):
         def get(self, path: str, headers: object) -> metadata.Reply:

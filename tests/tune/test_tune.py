@@ -260,3 +260,22 @@ def test_a_restored_experiment_tells_tune_what_it_had_not_heard(tmp_path: Path) 
     saved = open_checkpoint(result.checkpoint)
     assert (saved.step, saved.epoch) == (STEPS, 3)
     assert saved.path == second["resumed_from"]
+
+
+def _silent_loop(config: dict[str, Any]) -> None:
+    ckpt = Checkpointer(save=EverySteps(2))
+    ckpt.prepare(network())
+    ckpt.load_state()
+    for _ in ckpt.epochs(1):
+        for _ in range(5):
+            ckpt.step()
+
+
+def test_a_loop_without_metrics_is_known_to_tune_by_its_end(tmp_path: Path) -> None:
+    (result,) = tune.Tuner(
+        trainable(_silent_loop, scaling_config=ScalingConfig(num_workers=1)),
+        run_config=tune.RunConfig(name="search", storage_path=str(tmp_path)),
+    ).fit()
+    assert result.error is None
+    saved = open_checkpoint(result.checkpoint)
+    assert (saved.step, saved.epoch) == (5, 1)

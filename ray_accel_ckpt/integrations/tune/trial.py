@@ -192,15 +192,16 @@ class _Trial:
     """One life of one trial, in the process of its Tune function.
 
     Attributes:
-        handed: the checkpoint that Tune's stands for, if it handed one over.
+        told: the checkpoint that Tune was told of last; at first, what the one that it
+            handed over stands for.
         metrics: the last value of each that was reported, at first by a life before this one.
     """
 
     runs: TrialRuns
     arrow: Any
-    handed: str | None
+    told: str | None
     metrics: Mapping[str, Any]
-    _told: bool = False
+    _tells: bool = False
 
     @classmethod
     def this(cls) -> _Trial:
@@ -222,49 +223,52 @@ class _Trial:
         return cls(
             runs=runs,
             arrow=arrow,
-            handed=None if reference is None else reference.checkpoint,
+            told=None if reference is None else reference.checkpoint,
             metrics=metadata.get(_METRICS, {}),
         )
 
     def run(self, trainer: Callable[[str, UserCallback], TorchTrainer]) -> None:
         """Run to the end, telling Tune of each report on the way."""
-        run = self.runs.choose(self.handed)
+        run = self.runs.choose(self.told)
         os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", str(_THREAD_TIMEOUT))
         inbox = Queue(actor_options={"num_cpus": 0})
         fitting = _in_background(trainer(run, _Forward(inbox)).fit)
         controller = None
-        last = self.handed
         _ENDED.clear()
         try:
             while (report := _next(inbox, fitting)) is not None:
                 controller = report.controller
-                last = report.checkpoint or last
-                self._report(run, report)
+                self._take(report.metrics)
+                # Before there is any metric Tune would miss the one that it searches for.
+                if self.metrics:
+                    self._report(run, report.checkpoint)
             result = fitting.result()
-            # A life before this one may have died between the last save and telling of it.
-            if result.checkpoint is not None and result.checkpoint.path != last:
-                end = _Report(metrics=result.metrics or {}, checkpoint=result.checkpoint.path)
-                self._report(run, end)
+            # A life before this one may have died between the last save and telling of it; and
+            # of a loop without metrics Tune has heard nothing.
+            if result.checkpoint is not None and result.checkpoint.path != self.told:
+                self._take(result.metrics or {})
+                self._report(run, result.checkpoint.path)
         finally:
             # Tune ends a trial by ending this thread in `report`, and the run goes on.
             if controller is not None and not fitting.done():
                 _abort(controller)
             _ENDED.set()
 
-    def _report(self, run: str, report: _Report) -> None:
+    def _take(self, metrics: Mapping[str, Any]) -> None:
         # Some saves have no metrics, or not all: those of a notice of preemption, that at the
         # end of a loop. Tune would end the search at a report that lacks what it searches for.
-        self.metrics = {**self.metrics, **without_placeholders(report.metrics)}
-        if not self.metrics:
-            return
-        if report.checkpoint is None:
+        self.metrics = {**self.metrics, **without_placeholders(metrics)}
+
+    def _report(self, run: str, saved: str | None) -> None:
+        if saved is None:
             ray.tune.report(dict(self.metrics))
             return
-        if not self._told:
+        if not self._tells:
             self.runs.tell(run)
-            self._told = True
+            self._tells = True
+        self.told = saved
         with tempfile.TemporaryDirectory() as local:
-            Path(local, REFERENCE).write_bytes(self.runs.reference(report.checkpoint))
+            Path(local, REFERENCE).write_bytes(self.runs.reference(saved))
             checkpoint = ray.tune.Checkpoint.from_directory(local)
             checkpoint.set_metadata({_METRICS: dict(self.metrics)})
             ray.tune.report(dict(self.metrics), checkpoint=checkpoint)
