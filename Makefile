@@ -22,9 +22,9 @@ demo-elastic: $(STAMP)
 demo-tune: $(STAMP)
 	$(RUN) examples/tune_pbt.py
 
-test: lint pure gloo ray-tests tune-tests chaos-tests
+test: lint pure gloo ray-tests chaos-tests
 
-test-all: test examples
+test-all: test tune-tests examples
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
@@ -53,6 +53,7 @@ chaos: $(STAMP)
 	$(RUN) -m tests.chaos --seed $(SEED) --runs $(RUNS) \
 		$(if $(OUT),--out $(OUT)) $(if $(TRACE),--trace $(TRACE))
 
+# Not part of `test`: two minutes that it has no room for.
 tune-tests: $(STAMP)
 	$(RUN) -m pytest -q tests/tune
 
