@@ -123,7 +123,11 @@ def _worst_score(checkpoint_config: Any) -> dict[str, float]:
 
 def without_placeholders(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """The metrics of a registered checkpoint, but for what stands for those that are lost."""
-    return {name: value for name, value in metrics.items() if value not in (_WORST, -_WORST)}
+    return {
+        name: without_placeholders(value) if isinstance(value, Mapping) else value
+        for name, value in metrics.items()
+        if not (isinstance(value, float) and abs(value) == _WORST)
+    }
 
 
 def _with(state: State, names: list[str], metrics: dict[str, float]) -> State:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from ray.train import ScalingConfig
 
 from ray_accel_ckpt.errors import ConfigurationError, CorruptCheckpointError, NotACheckpointError
 from ray_accel_ckpt.integrations.tune import trainable
+from ray_accel_ckpt.integrations.tune.metrics import completed, remembered
 from ray_accel_ckpt.integrations.tune.runs import (
     TrialRuns,
     newest_reference,
@@ -181,10 +186,11 @@ def _rates(base: float, *, loaded: Any = None, steps: int) -> tuple[list[float],
     if loaded is not None:
         optimizer.load_state_dict(loaded[0])
         scheduler.load_state_dict(loaded[1])
-        scale = base / scheduler.base_lrs[0]
-        for group in optimizer.param_groups:
-            group["lr"] *= scale
-        scheduler.base_lrs = [scale * lr for lr in scheduler.base_lrs]
+        if base != scheduler.base_lrs[0]:
+            scale = base / scheduler.base_lrs[0]
+            for group in optimizer.param_groups:
+                group["lr"] *= scale
+            scheduler.base_lrs = [base, *(scale * lr for lr in scheduler.base_lrs[1:])]
     rates = []
     for _ in range(steps):
         rates.append(optimizer.param_groups[0]["lr"])
@@ -198,6 +204,31 @@ def test_the_learning_rate_of_an_exploit_is_scaled_and_that_of_a_restart_is_not(
     _, saved = _rates(0.1, steps=5)
     assert _rates(0.1, loaded=saved, steps=5)[0] == untouched[5:]
     assert _rates(0.2, loaded=saved, steps=5)[0] == [2 * rate for rate in untouched[5:]]
+
+
+@given(st.floats(1e-5, 1.0), st.floats(1e-5, 1.0))
+def test_a_restart_after_an_exploit_changes_no_learning_rate(of_other: float, own: float) -> None:
+    _, saved = _rates(of_other, steps=3)
+    exploiting, _ = _rates(own, loaded=saved, steps=5)
+    _, saved = _rates(own, loaded=saved, steps=2)
+    assert _rates(own, loaded=saved, steps=3)[0] == exploiting[2:]
+
+
+def test_metrics_that_are_not_reported_keep_their_values() -> None:
+    known = {"loss": 1.0, "eval": {"loss": 2.0, "accuracy": 0.5}}
+    new = {"loss": 3.0, "eval": {"loss": 4.0}, "step": 7}
+    assert completed(known, new) == {
+        "loss": 3.0,
+        "eval": {"loss": 4.0, "accuracy": 0.5},
+        "step": 7,
+    }
+    assert known == {"loss": 1.0, "eval": {"loss": 2.0, "accuracy": 0.5}}
+
+
+def test_what_json_cannot_hold_is_told_and_not_remembered() -> None:
+    metrics = {"loss": np.float32(0.5), "count": np.int64(3), "matrix": np.zeros((2, 2)), "at": {1}}
+    found = remembered(metrics)
+    assert json.dumps(found) == '{"loss": 0.5, "count": 3}'
 
 
 def _loop(config: dict[str, Any]) -> None: ...

@@ -11,9 +11,6 @@ from ray.cluster_utils import Cluster
 
 TRIES = 5
 
-# Ray's default calls a node dead after 15 s of failing checks.
-_SYSTEM = {"health_check_period_ms": 1000, "health_check_initial_delay_ms": 2000}
-
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
@@ -32,7 +29,7 @@ def cluster() -> Iterator[Cluster]:
     for attempt in range(TRIES):
         started = Cluster()
         try:
-            started.add_node(num_cpus=8, include_dashboard=False, _system_config=_SYSTEM)
+            started.add_node(num_cpus=8, include_dashboard=False)
             ray.init(address=started.address, log_to_driver=False)
             break
         except Exception:

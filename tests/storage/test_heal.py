@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from ray.train import Checkpoint, CheckpointConfig
 from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import CheckpointManager
@@ -150,6 +152,9 @@ def test_with_a_score_those_whose_metrics_are_lost_rank_last(
     registered = json.loads((run / SNAPSHOT).read_text())["checkpoint_results"]
     metrics = [heal.without_placeholders(each["metrics"]) for each in registered]
     assert metrics == [{}, {} if torn else {"score": 2.0}]
+    # Metrics are anything, where they do not come from a record.
+    odd = {"nested": {"score": -sys.float_info.max, "loss": 1.0}, "array": np.zeros(2)}
+    assert heal.without_placeholders(odd) == {"nested": {"loss": 1.0}, "array": odd["array"]}
     for step, score in ((12, 2.0), (16, best), (20, 2.0)):
         # A driver for each: what is adopted must come through Ray's own writing.
         ray = Ray(run, config)

@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import ray
+import ray.train
 import torch
 from ray import PlacementGroupID, tune
 from ray.train import Result, ScalingConfig
@@ -279,3 +281,23 @@ def test_a_loop_without_metrics_is_known_to_tune_by_its_end(tmp_path: Path) -> N
     assert result.error is None
     saved = open_checkpoint(result.checkpoint)
     assert (saved.step, saved.epoch) == (5, 1)
+
+
+def _arrays_loop(config: dict[str, Any]) -> None:
+    ckpt = Checkpointer(save=EverySteps(2))
+    ckpt.prepare(network())
+    ckpt.load_state()
+    for _ in ckpt.epochs(1):
+        for _ in range(4):
+            ray.train.report({"scalar": np.float32(0.5), "array": np.zeros((2, 2))})
+            ckpt.step(metrics=lambda: {"step": ckpt.global_step})
+
+
+def test_reports_without_a_checkpoint_may_hold_anything(tmp_path: Path) -> None:
+    (result,) = tune.Tuner(
+        trainable(_arrays_loop, scaling_config=ScalingConfig(num_workers=1)),
+        run_config=tune.RunConfig(name="search", storage_path=str(tmp_path)),
+    ).fit()
+    assert result.error is None
+    assert (result.metrics["scalar"], result.metrics["step"]) == (0.5, 4)
+    assert open_checkpoint(result.checkpoint).step == 4

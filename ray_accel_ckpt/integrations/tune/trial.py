@@ -33,6 +33,7 @@ from ray.tune.trainable.function_trainable import wrap_function
 from ray.util.queue import Empty, Queue
 
 from ray_accel_ckpt.errors import ConfigurationError
+from ray_accel_ckpt.integrations.tune.metrics import completed, remembered
 from ray_accel_ckpt.integrations.tune.runs import (
     TrialRuns,
     newest_reference,
@@ -257,7 +258,7 @@ class _Trial:
     def _take(self, metrics: Mapping[str, Any]) -> None:
         # Some saves have no metrics, or not all: those of a notice of preemption, that at the
         # end of a loop. Tune would end the search at a report that lacks what it searches for.
-        self.metrics = {**self.metrics, **without_placeholders(metrics)}
+        self.metrics = completed(self.metrics, without_placeholders(metrics))
 
     def _report(self, run: str, saved: str | None) -> None:
         if saved is None:
@@ -270,7 +271,7 @@ class _Trial:
         with tempfile.TemporaryDirectory() as local:
             Path(local, REFERENCE).write_bytes(self.runs.reference(saved))
             checkpoint = ray.tune.Checkpoint.from_directory(local)
-            checkpoint.set_metadata({_METRICS: dict(self.metrics)})
+            checkpoint.set_metadata({_METRICS: remembered(self.metrics)})
             ray.tune.report(dict(self.metrics), checkpoint=checkpoint)
 
 
