@@ -108,7 +108,9 @@ class _OnResult(tune.Callback):
 
 
 def test_an_exploited_trial_goes_on_from_the_other_and_killed_from_its_own(tmp_path: Path) -> None:
-    killed = tmp_path / "killed"
+    killed, paused = tmp_path / "killed", tmp_path / "paused"
+    out = tmp_path / "out"
+    out.mkdir()
 
     def kill(name: str, result: dict[str, Any]) -> bool:
         """The bad one, after its exploit, when all that is missing is that its loop ends."""
@@ -121,11 +123,15 @@ def test_an_exploited_trial_goes_on_from_the_other_and_killed_from_its_own(tmp_p
                 shutil.rmtree(reference)
             os.kill(result["pid"], signal.SIGKILL)
             return False
-        # Tune pauses both there.
+        # The good one comes last to where Tune pauses both. If the exploited one did, Tune
+        # might keep a decision to stop it, and carry that out at its next save.
+        if (name, result["step"]) == ("bad", EXPLOIT_AT):
+            paused.touch()
+            (out / f"good-{EXPLOIT_AT - EVERY}").touch()
+        if (name, result["step"]) == ("good", EXPLOIT_AT - EVERY):
+            return paused.exists()
         return bool(result["step"] != EXPLOIT_AT)
 
-    out = tmp_path / "out"
-    out.mkdir()
     results = tune.Tuner(
         trainable(_loop, scaling_config=ScalingConfig(num_workers=1)),
         param_space={
