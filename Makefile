@@ -11,7 +11,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export RAY_DEDUP_LOGS := 1
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: demo demo-elastic demo-tune test test-all lint pure gloo ray-tests chaos chaos-tests tune-tests examples benchmark clean
+.PHONY: demo demo-elastic demo-tune test test-all lint pure gloo ray-tests chaos chaos-tests examples benchmark clean
 
 demo: $(STAMP)
 	$(RUN) examples/resume_digits.py
@@ -24,7 +24,7 @@ demo-tune: $(STAMP)
 
 test: lint pure gloo ray-tests chaos-tests
 
-test-all: test tune-tests examples
+test-all: test examples
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
@@ -36,7 +36,7 @@ pure: $(STAMP)
 	$(RUN) -m pytest -q -n auto tests/pure tests/attacks tests/storage tests/cluster tests/node
 
 gloo: $(STAMP)
-	$(RUN) -m pytest -q tests/gloo
+	$(RUN) -m pytest -q -n auto tests/gloo
 
 ray-tests: $(STAMP)
 	$(RUN) -m pytest -q tests/ray
@@ -52,10 +52,6 @@ RUNS ?= 10
 chaos: $(STAMP)
 	$(RUN) -m tests.chaos --seed $(SEED) --runs $(RUNS) \
 		$(if $(OUT),--out $(OUT)) $(if $(TRACE),--trace $(TRACE))
-
-# Not part of `test`: two minutes that it has no room for.
-tune-tests: $(STAMP)
-	$(RUN) -m pytest -q tests/tune
 
 examples: $(STAMP)
 	$(RUN) -m pytest -q tests/examples

@@ -28,7 +28,7 @@ from tests.ray.runs import record, until
 from tests.training import train
 
 ROOT = Path(__file__).parents[2]
-EPOCHS, EVERY, LAST = 7, 25, 84
+EVERY, LAST = 20, 36
 
 
 def _loop(config: dict[str, Any]) -> None:
@@ -61,7 +61,7 @@ def _loop(config: dict[str, Any]) -> None:
             ckpt.heartbeat()
 
     with _held(out / "hold"):
-        digest = train(ckpt, rank, epochs=EPOCHS, on_step=on_step, on_loaded=on_loaded)
+        digest = train(ckpt, rank, on_step=on_step, on_loaded=on_loaded)
     (out / f"ended-{rank}").write_text(digest)
 
 
@@ -154,28 +154,11 @@ def _watched(run: Run, node_id: str) -> Iterator[FakeMetadata]:
             daemon.wait()
 
 
-def _untouched(directory: Path) -> list[str]:
-    """The ranks' digests of a run whose nodes stay."""
-    out = directory / "untouched"
-    out.mkdir()
-    (out / "limit").write_text(str(LAST + 1))
-    TorchTrainer(
-        _loop,
-        train_loop_config={"out": str(out)},
-        scaling_config=ScalingConfig(num_workers=2),
-        run_config=run_config("untouched-run", directory),
-    ).fit()
-    return _ended(out)
-
-
-def _ended(out: Path) -> list[str]:
-    return [(out / f"ended-{rank}").read_text() for rank in range(2)]
-
-
 # Ray's own handling of files and deprecated calls is not what is tested here.
 @pytest.mark.filterwarnings("ignore")
-def test_announced_losses_cost_no_step(cluster: Cluster, tmp_path: Path) -> None:
-    untouched = _untouched(tmp_path)
+def test_announced_losses_cost_no_step(
+    cluster: Cluster, tmp_path: Path, untouched: list[str]
+) -> None:
     run = Run(cluster, tmp_path)
     run.add_node()
     run.add_node()
@@ -183,45 +166,45 @@ def test_announced_losses_cost_no_step(cluster: Cluster, tmp_path: Path) -> None
     try:
         # From a cloud's notice to the end: a node that dies long before its deadline.
         assert run.resumed(0) == 0
-        run.reach(17)
+        run.reach(7)
         with _watched(run, run.node(0, 1)) as cloud:
             cloud.preempt(time.time() + 300)
-            run.registered(17)
+            run.registered(7)
         run.add_node()
         run.remove_node(run.node(0, 1))
 
         # Rank 0's node, then the other one too before the first is gone.
-        assert run.resumed(1) == 17
-        run.reach(31)
+        assert run.resumed(1) == 7
+        run.reach(13)
         run.drain(run.node(1, 0), seconds=300)
-        run.registered(31)
-        run.reach(37)
+        run.registered(13)
+        run.reach(16)
         run.drain(run.node(1, 1), seconds=300)
-        run.registered(37)
+        run.registered(16)
         run.add_node()
         run.add_node()
         for rank in range(2):
             run.remove_node(run.node(1, rank))
 
         # While a periodic save is being written.
-        assert run.resumed(2) == 37
+        assert run.resumed(2) == 16
         (run.out / "hold").touch()
-        run.reach(53)
+        run.reach(22)
         run.drain(run.node(2, 0), seconds=300)
         (run.out / "hold").unlink()
-        run.registered(53)
+        run.registered(22)
         run.add_node()
         run.remove_node(run.node(2, 0))
 
         # Announced and not taken away: the last save comes shortly before the deadline.
-        assert run.resumed(3) == 53
-        run.reach(60)
+        assert run.resumed(3) == 22
+        run.reach(26)
         run.drain(run.node(3, 1), seconds=25)
-        run.registered(60)
-        run.reach(66)
-        run.registered(66)
+        run.registered(26)
+        run.reach(29)
+        run.registered(29)
         run.add_node()
-        assert run.resumed(4) == 66
+        assert run.resumed(4) == 29
         run.allow(LAST + 1)
         run.fit.join()
     finally:
@@ -231,4 +214,4 @@ def test_announced_losses_cost_no_step(cluster: Cluster, tmp_path: Path) -> None
                 cluster.remove_node(node, allow_graceful=False)
         run.fit.join()
     assert run.results
-    assert _ended(run.out) == untouched
+    assert [(run.out / f"ended-{rank}").read_text() for rank in range(2)] == untouched

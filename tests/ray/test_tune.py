@@ -270,40 +270,29 @@ def test_a_restored_experiment_tells_tune_what_it_had_not_heard(tmp_path: Path) 
     assert saved.path == second["resumed_from"]
 
 
-def _silent_loop(config: dict[str, Any]) -> None:
+def _quiet_loop(config: dict[str, Any]) -> None:
+    """Reports beside the saves, or nothing at all but the saves."""
     ckpt = Checkpointer(save=EverySteps(2))
     ckpt.prepare(network())
     ckpt.load_state()
     for _ in ckpt.epochs(1):
         for _ in range(5):
-            ckpt.step()
+            if config["arrays"]:
+                ray.train.report({"scalar": np.float32(0.5), "array": np.zeros((2, 2))})
+                ckpt.step(metrics=lambda: {"step": ckpt.global_step})
+            else:
+                ckpt.step()
 
 
-def test_a_loop_without_metrics_is_known_to_tune_by_its_end(tmp_path: Path) -> None:
-    (result,) = tune.Tuner(
-        trainable(_silent_loop, scaling_config=ScalingConfig(num_workers=1)),
+def test_loops_may_report_no_metrics_and_anything_without_a_checkpoint(tmp_path: Path) -> None:
+    results = tune.Tuner(
+        trainable(_quiet_loop, scaling_config=ScalingConfig(num_workers=1)),
+        param_space={"arrays": tune.grid_search([False, True])},
         run_config=tune.RunConfig(name="search", storage_path=str(tmp_path)),
     ).fit()
-    assert result.error is None
-    saved = open_checkpoint(result.checkpoint)
-    assert (saved.step, saved.epoch) == (5, 1)
-
-
-def _arrays_loop(config: dict[str, Any]) -> None:
-    ckpt = Checkpointer(save=EverySteps(2))
-    ckpt.prepare(network())
-    ckpt.load_state()
-    for _ in ckpt.epochs(1):
-        for _ in range(4):
-            ray.train.report({"scalar": np.float32(0.5), "array": np.zeros((2, 2))})
-            ckpt.step(metrics=lambda: {"step": ckpt.global_step})
-
-
-def test_reports_without_a_checkpoint_may_hold_anything(tmp_path: Path) -> None:
-    (result,) = tune.Tuner(
-        trainable(_arrays_loop, scaling_config=ScalingConfig(num_workers=1)),
-        run_config=tune.RunConfig(name="search", storage_path=str(tmp_path)),
-    ).fit()
-    assert result.error is None
-    assert (result.metrics["scalar"], result.metrics["step"]) == (0.5, 4)
-    assert open_checkpoint(result.checkpoint).step == 4
+    assert not results.errors
+    for result in results:
+        saved = open_checkpoint(result.checkpoint)
+        assert (saved.step, saved.epoch) == (5, 1)
+        if result.config["arrays"]:
+            assert (result.metrics["scalar"], result.metrics["step"]) == (0.5, 5)

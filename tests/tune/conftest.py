@@ -1,3 +1,0 @@
-"""The cluster of the Ray tests."""
-
-from tests.ray.conftest import cluster as cluster
