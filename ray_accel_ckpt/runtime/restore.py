@@ -200,8 +200,7 @@ class Restorer:
         at = 0
         for stored, staged in mine.items():
             fetch.verify_header(stored)
-            staged.read(fetch, buffer[at : at + staged.nbytes])
-            staged.verify(fetch.path(stored))
+            staged.read(fetch, buffer[at : at + staged.nbytes], where=fetch.path(stored))
             at += _padded(staged.nbytes)
         return mine
 

@@ -205,8 +205,8 @@ class ShardFetch:
     def piece(self, rank: int, piece: Piece) -> torch.Tensor:
         """Read and prove some rows, with the blocks they lie in and nothing else."""
         staged = self.staged(rank, [piece])
-        staged.read(self, torch.empty(staged.nbytes, dtype=torch.uint8))
-        staged.verify(self.path(rank))
+        buffer = torch.empty(staged.nbytes, dtype=torch.uint8)
+        staged.read(self, buffer, where=self.path(rank))
         return staged.rows(piece)
 
     def verify_header(self, rank: int) -> None:

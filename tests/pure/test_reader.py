@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from ray_accel_ckpt.errors import CorruptCheckpointError, NotACheckpointError
 from ray_accel_ckpt.image import image as images
+from ray_accel_ckpt.image import pieces
 from ray_accel_ckpt.image.image import Hashing, Image
 from ray_accel_ckpt.image.pieces import Piece, Staged
 from ray_accel_ckpt.image.reader import Located, Snapshot
@@ -48,7 +49,8 @@ class Shards:
 
     def read(self, rank: int, pieces: Iterable[Piece]) -> Staged:
         staged = Staged(rank, pieces, block=self.manifests[rank].shard.block)
-        staged.read(self.fetch, torch.empty(staged.nbytes, dtype=torch.uint8))
+        buffer = torch.empty(staged.nbytes, dtype=torch.uint8)
+        staged.read(self.fetch, buffer, where="the shard")
         return staged
 
 
@@ -68,12 +70,11 @@ _tensors = st.dictionaries(
 
 
 def _whole(shards: Shards, name: str) -> torch.Tensor:
-    pieces = []
+    found = []
     for piece in shards.snapshot.located(name, 0):
         staged = shards.staged(piece.rank, {name})
-        staged.verify("there")
-        pieces.append(staged.rows(Piece.whole(piece.info)))
-    return torch.cat(pieces) if pieces[0].dim() else pieces[0]
+        found.append(staged.rows(Piece.whole(piece.info)))
+    return torch.cat(found) if found[0].dim() else found[0]
 
 
 @given(_tensors, st.integers(1, 8))
@@ -103,12 +104,40 @@ def test_slices_that_are_not_neighbours_are_read_alone() -> None:
     shards = _small(1)
     infos = sorted((i for i in shards.manifests[0].slices), key=lambda i: i.begin)
     chosen = {infos[0].name, infos[1].name, infos[3].name}
-    staged = shards.staged(0, chosen)
-    staged.verify("there")
+    shards.staged(0, chosen)
     assert sum(nbytes for _, _, nbytes in shards.reads) == sum(
         i.end - i.begin for i in infos if i.name in chosen
     )
     assert len(shards.reads) == 2
+
+
+def test_a_long_slice_is_read_in_stretches_of_whole_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "BLOCK", 64)
+    monkeypatch.setattr(pieces, "_STRETCH", 200)
+    x = torch.arange(1000, dtype=torch.uint8)
+    shards = Shards([image_of(part_of({"x": x}))])
+    begin = shards.manifests[0].slices[0].begin
+    staged = shards.staged(0)
+    assert torch.equal(staged.rows(Piece.whole(shards.manifests[0].slices[0])), x)
+    lengths = [192] * 5 + [40]
+    expected = [(0, begin + 192 * i, length) for i, length in enumerate(lengths)]
+    assert sorted(shards.reads) == expected
+
+
+def test_proving_reads_all_and_keeps_a_stretch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "BLOCK", 64)
+    monkeypatch.setattr(pieces, "_STRETCH", 128)
+    shards = Shards([image_of(part_of({"x": torch.arange(500), "y": torch.zeros(3, 5)}))])
+    (manifest,) = shards.manifests
+    staged = Staged(0, map(Piece.whole, manifest.slices), block=manifest.shard.block)
+    staged.prove(shards.fetch, where="the shard")
+    assert sum(nbytes for *_, nbytes in shards.reads) == manifest.shard.nbytes - (
+        manifest.shard.header_nbytes
+    )
+    assert max(nbytes for *_, nbytes in shards.reads) == 128
+    shards.data[0][-1] ^= 1
+    with pytest.raises(CorruptCheckpointError, match="part/y"):
+        staged.prove(shards.fetch, where="the shard")
 
 
 def test_a_damaged_block_is_named_by_its_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +146,7 @@ def test_a_damaged_block_is_named_by_its_bytes(monkeypatch: pytest.MonkeyPatch) 
     begin = shards.manifests[0].slices[0].begin
     shards.data[0][begin + 130] ^= 1
     with pytest.raises(CorruptCheckpointError, match="part/x") as caught:
-        shards.staged(0).verify("the shard")
+        shards.staged(0)
     assert caught.value.where == f"the shard, bytes {begin + 128} to {begin + 192}"
 
 

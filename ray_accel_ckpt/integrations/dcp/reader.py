@@ -136,8 +136,8 @@ class CheckpointReader(StorageReader):
     def _read(self, batch: list[_Wanted], planner: LoadPlanner) -> None:
         shard = batch[0].shard
         staged = self._fetch.staged(shard, _joined(each.piece for each in batch if each.piece))
-        staged.read(self._fetch, torch.empty(staged.nbytes, dtype=torch.uint8))
-        staged.verify(self._fetch.path(shard))
+        buffer = torch.empty(staged.nbytes, dtype=torch.uint8)
+        staged.read(self._fetch, buffer, where=self._fetch.path(shard))
         for each in batch:
             target = planner.resolve_tensor(each.item).detach()
             if each.piece is not None:
