@@ -33,7 +33,7 @@ lint: $(STAMP)
 	$(VENV)/bin/lint-imports
 
 pure: $(STAMP)
-	$(RUN) -m pytest -q -n auto tests/pure tests/attacks tests/storage tests/cluster tests/node
+	$(RUN) -m pytest -q -n auto tests/pure tests/attacks tests/storage tests/cluster tests/node tests/cuda
 
 gloo: $(STAMP)
 	$(RUN) -m pytest -q -n auto tests/gloo

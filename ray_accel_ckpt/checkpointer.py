@@ -58,6 +58,10 @@ class Checkpointer:
             before that decides.
         slots: staging buffers on the host, each as large as this rank's share.
             A save waits when none is free.
+        overlap: whether a save may go on copying parameters and optimizer state while the
+            next forward and backward run, until an optimizer steps. None: on an
+            accelerator. Whatever else writes them meanwhile makes a `TornSnapshotError`,
+            unless it writes around torch's count of versions, through ``tensor.data``.
         storage_timeout: seconds that throttling, resets and 5xx are retried
             for, in the background, before the save fails.
         ddp_kwargs: passed to `DistributedDataParallel`.
@@ -74,6 +78,7 @@ class Checkpointer:
         scaler: torch.amp.GradScaler | None = None,
         seed: int | None = None,
         slots: int = 2,
+        overlap: bool | None = None,
         storage_timeout: float = 600.0,
         ddp_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
@@ -83,10 +88,13 @@ class Checkpointer:
             raise ConfigurationError(
                 f"storage_timeout must be positive seconds, not {storage_timeout!r}"
             )
+        if overlap not in (None, True, False):
+            raise ConfigurationError(f"overlap must be True, False or None, not {overlap!r}")
         self.scaler = scaler
         self.resumed_from: str | None = None
         self._policy = save
         self._slots = SlotPool(slots)
+        self._overlap = overlap
         self._session = Session(
             project=project_config, seed=seed, timeout=storage_timeout, saves=save is not None
         )
@@ -275,8 +283,9 @@ class Checkpointer:
         """Count a step; save if one is due, or if a node of this group is going to be taken away.
 
         Every rank must call it, equally often: every few steps it is collective
-        (`heartbeat`). A save blocks for copying this rank's share, plus waiting
-        for a slot if all are still being written; the rest happens in the background.
+        (`heartbeat`). A save blocks for copying this rank's share (with `overlap`, for
+        beginning to), plus waiting for a slot if all are still being written; the rest
+        happens in the background.
 
         Args:
             metrics: a dict, or a function that returns one and is called only
@@ -370,6 +379,7 @@ class Checkpointer:
             CheckpointError: what is wrong with `input_dir`.
         """
         self._session.agree()
+        self._slots.settle()
         only = None if parts is None else tuple(parts)
         place = self._session.source(input_dir)
         if place is None:
@@ -396,7 +406,9 @@ class Checkpointer:
 
         Raises:
             StorageError: what a save in the background failed with.
+            TornSnapshotError: see `overlap`.
         """
+        self._slots.settle()
         self._session.writer.flush()
 
     # --- inside ------------------------------------------------------------------------
@@ -421,6 +433,7 @@ class Checkpointer:
     def _save(self, sink: Sink | None, metrics: Metrics) -> str:
         if sink is None:
             return ""
+        self._slots.settle()
         models = self._bundle.of_type(ModelPart)
         step, epoch = self._position()
         # What goes elsewhere takes other times, and nobody resumes from it.
@@ -432,11 +445,20 @@ class Checkpointer:
                 with_gradients=self._preparer.window.open,
             )
             sink.save(
-                captured, self._slots, step=step, epoch=epoch, metrics=metrics, durable=durable
+                captured,
+                self._slots,
+                late=self._bundle.written_by_optimizers(captured) if self._overlaps() else (),
+                step=step,
+                epoch=epoch,
+                metrics=metrics,
+                durable=durable,
             )
         if sink.of_run:
             self._saved_at = (step, epoch)
         return sink.path
+
+    def _overlaps(self) -> bool:
+        return self.device.type != "cpu" if self._overlap is None else self._overlap
 
     def _begin_life(
         self, filesystem: Filesystem, run: str, restored: Restored | None, registered: str | None

@@ -4,6 +4,7 @@
     ├── ConfigurationError (ValueError)        a wrong argument, found when it is given
     ├── UnsupportedStateError (TypeError)      a value that neither JSON nor a tensor can hold
     ├── StateMismatchError (ValueError)        the checkpoint is of another model
+    ├── TornSnapshotError                      a tensor was written while it was being saved
     ├── ElasticDataError (ValueError)          this position in the data cannot be continued
     ├── StorageError (OSError)                 a read or a write failed for good
     │   └── StorageTimeoutError (TimeoutError) it kept failing for as long as ``storage_timeout``
@@ -79,6 +80,10 @@ class StateMismatchError(AccelCkptError, ValueError):
         found = [f"{title}: {_shortened(names)}" for title, names in groups if names]
         super().__init__(what, where=where, why="; ".join([why] * bool(why) + found), remedy=remedy)
         self.missing, self.unexpected, self.differing = missing, unexpected, differing
+
+
+class TornSnapshotError(AccelCkptError):
+    """A tensor changed while it was being copied, so this save was given up. None is written."""
 
 
 class ElasticDataError(AccelCkptError, ValueError):

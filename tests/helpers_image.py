@@ -120,8 +120,11 @@ def image_of(
         saved_at=1.5,
     )
     tensors = {name: t for part in captured.values() for name, t in part.tensors.items()}
-    data = Slot().fill(layout, tensors)
-    return Image(info=info, layout=layout, data=data, parts=parts_of(captured, rank=rank))
+    slot = Slot()
+    data = slot.fill(layout, tensors)
+    return Image(
+        info=info, layout=layout, data=data, parts=parts_of(captured, rank=rank), wait=slot.wait
+    )
 
 
 def save(filesystem: Filesystem, number: int, *, world_size: int = 1, directory: str = RUN) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import xxhash
@@ -42,12 +42,19 @@ class SaveInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Image:
-    """A filled slot. `data` is the shard's file, byte for byte."""
+    """A filled slot.
+
+    Attributes:
+        data: the shard's file, byte for byte, once `wait` has returned.
+        wait: blocks until all copies into it are done; raises `TornSnapshotError` if
+            one of them cannot be trusted.
+    """
 
     info: SaveInfo
     layout: Layout
     data: memoryview
     parts: Mapping[str, PartInfo]
+    wait: Callable[[], None]
 
 
 def parts_of(captured: Mapping[str, Captured], *, rank: int) -> dict[str, PartInfo]:

@@ -7,13 +7,15 @@ host memory saving takes. A save that finds none free waits.
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 
-from ray_accel_ckpt.errors import ConfigurationError
+from ray_accel_ckpt.errors import ConfigurationError, TornSnapshotError
+from ray_accel_ckpt.image.copies import Copies, Copy, may_be_late
 from ray_accel_ckpt.image.shard import Layout
 from ray_accel_ckpt.state.sharding import local
 
@@ -23,36 +25,66 @@ class Slot:
 
     def __init__(self) -> None:
         self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._copies: Copies | None = None
 
     def reserve(self, nbytes: int) -> torch.Tensor:
         """A uint8 tensor of `nbytes`, whatever it held before."""
+        self._finish()
         if self._buffer.numel() < nbytes:
             # The old buffer goes first: two at once would break the memory bound.
             self._buffer = torch.empty(0, dtype=torch.uint8)
             self._buffer = torch.empty(nbytes, dtype=torch.uint8, pin_memory=_pins())
         return self._buffer[:nbytes]
 
-    def fill(self, layout: Layout, tensors: Mapping[str, torch.Tensor]) -> memoryview:
-        """Copy the slices of `layout` into place; the bytes of the whole file.
+    def fill(
+        self,
+        layout: Layout,
+        tensors: Mapping[str, torch.Tensor],
+        *,
+        late: Collection[str] = (),
+    ) -> memoryview:
+        """Copy the slices of `layout` into place: the bytes of the whole file, once `wait` returns.
 
-        When this returns, every copy is complete: the tensors may change.
+        When this returns, the tensors may change, but for those of `late`: these
+        may be changed by the next step of a torch optimizer, or after `settle`.
+
+        Args:
+            late: names of tensors that only torch optimizers write.
         """
         buffer = self.reserve(layout.nbytes)
         header = torch.frombuffer(bytearray(layout.header), dtype=torch.uint8)
         buffer[: len(layout.header)].copy_(header)
-        on_device = False
+        at_once: list[Copy] = []
+        later: list[Copy] = []
         for placed in layout.placed:
             piece = placed.slice
             if piece.nbytes == 0:
                 continue
-            source = local(tensors[piece.spec.name])
+            name = piece.spec.name
+            source = local(tensors[name])
             rows = source[piece.start : piece.stop] if piece.spec.shape else source
             target = buffer[placed.begin : placed.end].view(source.dtype).view(piece.box.size)
-            on_device |= source.device.type != "cpu"
-            target.copy_(rows, non_blocking=True)
-        if on_device:
-            torch.accelerator.synchronize()
+            copies = later if name in late and may_be_late(rows) else at_once
+            copies.append(Copy(name=name, source=rows, target=target))
+        self._copies = Copies(at_once, later)
         return bytes_of(buffer)
+
+    def settle(self) -> None:
+        """Let anyone change the tensors, those of `late` too. Raises `TornSnapshotError`."""
+        if self._copies is not None:
+            self._copies.settle()
+
+    def wait(self) -> None:
+        """Block until the bytes are in place. From any thread. Raises `TornSnapshotError`."""
+        if self._copies is not None:
+            self._copies.wait()
+
+    def _finish(self) -> None:
+        """Of a save that was dropped, copies may be under way still."""
+        self.settle()
+        with contextlib.suppress(TornSnapshotError):
+            self.wait()
+        self._copies = None
 
 
 class SlotPool:
@@ -64,8 +96,8 @@ class SlotPool:
                 f"slots must be a whole number, at least 1; got {slots!r}",
                 remedy="2 lets one save be written while the next is staged",
             )
-        self._free = [Slot() for _ in range(slots)]
-        self._total = slots
+        self._slots = [Slot() for _ in range(slots)]
+        self._free = list(self._slots)
         self._changed = threading.Condition()
 
     def acquire(self) -> Slot:
@@ -79,10 +111,15 @@ class SlotPool:
             self._free.append(slot)
             self._changed.notify()
 
+    def settle(self) -> None:
+        """Let anyone change the tensors that are being saved. Raises `TornSnapshotError`."""
+        for slot in self._slots:
+            slot.settle()
+
     def drain(self) -> None:
         """Wait until every slot is back."""
         with self._changed:
-            self._changed.wait_for(lambda: len(self._free) == self._total)
+            self._changed.wait_for(lambda: len(self._free) == len(self._slots))
 
 
 def bytes_of(buffer: torch.Tensor) -> memoryview:

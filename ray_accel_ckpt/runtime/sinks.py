@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Protocol
 
 from ray_accel_ckpt.errors import StateMismatchError
@@ -44,6 +44,7 @@ class Sink(Protocol):
         captured: Mapping[str, Captured],
         slots: SlotPool,
         *,
+        late: Collection[str],
         step: int,
         epoch: int,
         metrics: Metrics,
@@ -52,6 +53,7 @@ class Sink(Protocol):
         """Freeze this rank's share and hand it on. When it returns, the state may change.
 
         Args:
+            late: names of tensors that only torch optimizers may change, until `slots.settle()`.
             durable: called, on another thread, once this rank's share is.
         """
         ...
@@ -95,6 +97,7 @@ class RaySink:
         captured: Mapping[str, Captured],
         slots: SlotPool,
         *,
+        late: Collection[str],
         step: int,
         epoch: int,
         metrics: Metrics,
@@ -102,7 +105,13 @@ class RaySink:
     ) -> None:
         plain = plain_metrics(metrics)
         image, slot = freeze(
-            captured, slots, self._session, save_id=self._save_id, step=step, epoch=epoch
+            captured,
+            slots,
+            self._session,
+            late=late,
+            save_id=self._save_id,
+            step=step,
+            epoch=epoch,
         )
 
         def after() -> None:
@@ -142,6 +151,7 @@ class DirectorySink:
         captured: Mapping[str, Captured],
         slots: SlotPool,
         *,
+        late: Collection[str],
         step: int,
         epoch: int,
         metrics: Metrics,
@@ -158,7 +168,7 @@ class DirectorySink:
                 timeout=session.timeout,
             )
         image, slot = freeze(
-            captured, slots, session, save_id=self._save_id, step=step, epoch=epoch
+            captured, slots, session, late=late, save_id=self._save_id, step=step, epoch=epoch
         )
 
         def after() -> None:
@@ -185,11 +195,13 @@ def freeze(
     slots: SlotPool,
     session: Session,
     *,
+    late: Collection[str],
     save_id: str,
     step: int,
     epoch: int,
 ) -> tuple[Image, Slot]:
-    """Copy this rank's share into a free slot. When it returns, the state may change.
+    """Copy this rank's share into a free slot. When it returns, the state may change
+    but for what is `late`: see `Slot.fill`.
 
     Asks no peer, but for the group's first save: there the digest of the plan
     is compared once, before anything is copied.
@@ -216,9 +228,9 @@ def freeze(
     tensors = {name: t for part in captured.values() for name, t in part.tensors.items()}
     slot = slots.acquire()
     try:
-        data = slot.fill(layout, tensors)
+        data = slot.fill(layout, tensors, late=late)
         parts = parts_of(captured, rank=rank)
-        return Image(info=info, layout=layout, data=data, parts=parts), slot
+        return Image(info=info, layout=layout, data=data, parts=parts, wait=slot.wait), slot
     except BaseException:
         slots.release(slot)
         raise

@@ -17,6 +17,7 @@ from ray_accel_ckpt.state.model import ModelPart
 from ray_accel_ckpt.state.optimizer import OptimizerPart
 from ray_accel_ckpt.state.part import Captured, Differences, Part, SavedPart
 from ray_accel_ckpt.state.parts import GradientPart, ObjectPart, RngPart, Stateful
+from ray_accel_ckpt.state.sharding import local
 
 logger = logging.getLogger(__name__)
 P = TypeVar("P")
@@ -124,6 +125,20 @@ class StateBundle:
         captured[self.rng.name] = self.rng.capture()
         return captured
 
+    def written_by_optimizers(self, captured: Mapping[str, Captured]) -> frozenset[str]:
+        """Names of captured tensors that are a prepared optimizer's: parameters and their state.
+
+        As far as anyone knows, nothing but its `step` writes them.
+        """
+        written = {_storage(t) for part in self.of_type(OptimizerPart) for t in part.written()}
+        return frozenset(
+            name
+            for part in captured.values()
+            if part.kind in (ModelPart.kind, OptimizerPart.kind)
+            for name, tensor in part.tensors.items()
+            if _storage(tensor) in written
+        )
+
     # --- loading -----------------------------------------------------------------------
 
     def plan(
@@ -227,6 +242,10 @@ class StateBundle:
 
     def _index(self) -> dict[int, str]:
         return {id(p): name for name, p in self._named_parameters()}
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return local(tensor).untyped_storage().data_ptr()
 
 
 def _fits(part: Part, stored: SavedPart) -> bool:

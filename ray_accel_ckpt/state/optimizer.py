@@ -189,6 +189,11 @@ class OptimizerPart:
                 if both and now.dtype != value.dtype:
                     live[key] = value.to(now.device)
 
+    def written(self) -> list[torch.Tensor]:
+        """All that `step` writes: parameters, and the state that it keeps of them."""
+        states = (value for state in self.optimizer.state.values() for value in state.values())
+        return [*self._parameters(), *(t for t in states if isinstance(t, torch.Tensor))]
+
     def _parameters(self) -> list[torch.nn.Parameter]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 

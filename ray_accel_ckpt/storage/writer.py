@@ -25,7 +25,9 @@ def write_image(filesystem: Filesystem, directory: str, image: Image, *, timeout
 
     Raises:
         StorageError, StorageTimeoutError: naming the path, the cause and the remedy.
+        TornSnapshotError: the image cannot be trusted. Nothing was written.
     """
+    image.wait()
     info = image.info
     hashing = Hashing(image)
     shard = f"{directory}/{shard_name(info.rank, info.world_size)}"

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ray_accel_ckpt import Checkpointer, EverySteps, ProjectConfiguration, errors, open_checkpoint
+from ray_accel_ckpt.image import copies
 from tests.gloo.workers import spawn, write
 from tests.training import train
 
@@ -21,7 +22,13 @@ def _checkpointer(directory: Path, every: int, **options: object) -> Checkpointe
 
 
 def _life(
-    rank: int, world_size: int, directory: Path, name: str, die_at: int, workers: int
+    rank: int,
+    world_size: int,
+    directory: Path,
+    name: str,
+    die_at: int,
+    workers: int,
+    overlap: bool,
 ) -> None:
     """One life of a worker group; at step `die_at` every worker is gone at once."""
 
@@ -29,7 +36,8 @@ def _life(
         if step == die_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    ckpt = _checkpointer(directory / name, 4)
+    copies._SMALL = 0
+    ckpt = _checkpointer(directory / name, 4, overlap=overlap)
     resumed: list[bool] = []
     ended = train(ckpt, rank, on_step=on_step, on_loaded=resumed.append, loader_workers=workers)
     write(directory / name / f"digest-{rank}", ended)
@@ -40,16 +48,19 @@ def _digests(directory: Path, name: str, world_size: int) -> list[str]:
     return [(directory / name / f"digest-{rank}").read_text() for rank in range(world_size)]
 
 
-@pytest.mark.parametrize(("world_size", "workers"), [(2, 0), (2, 2), (3, 0), (4, 0)])
+@pytest.mark.parametrize(
+    ("world_size", "workers", "overlap"),
+    [(2, 0, False), (2, 2, False), (3, 0, False), (3, 0, True), (4, 0, False)],
+)
 def test_killed_workers_end_with_the_same_bits(
-    tmp_path: Path, world_size: int, workers: int
+    tmp_path: Path, world_size: int, workers: int, overlap: bool
 ) -> None:
     """Buffers differ between ranks when the save falls; three and more workers need pinned
     buckets; the second kill falls into the epoch that the first resumed into."""
-    spawn(_life, world_size, tmp_path, "untouched", 0, workers)
+    spawn(_life, world_size, tmp_path, "untouched", 0, workers, False)
     for die_at in (6, 10):
-        spawn(_life, world_size, tmp_path, "killed", die_at, workers, kills=True)
-    spawn(_life, world_size, tmp_path, "killed", 0, workers)
+        spawn(_life, world_size, tmp_path, "killed", die_at, workers, overlap, kills=True)
+    spawn(_life, world_size, tmp_path, "killed", 0, workers, overlap)
     assert "checkpoint_" in (tmp_path / "killed" / "resumed-0").read_text()
     assert _digests(tmp_path, "killed", world_size) == _digests(tmp_path, "untouched", world_size)
 

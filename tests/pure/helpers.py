@@ -127,7 +127,12 @@ def project(directory: Path, **options: Any) -> ProjectConfiguration:
     return ProjectConfiguration(directory, automatic_checkpoint_naming=True, **options)
 
 
+OPTIONS: dict[str, Any] = {}
+"""Of every Checkpointer that `checkpointer` makes: how it saves, which must not matter."""
+
+
 def checkpointer(directory: Path, every: int = 2, **options: Any) -> Checkpointer:
+    options = {**OPTIONS, **options}
     return Checkpointer(save=EverySteps(every), project_config=project(directory), **options)
 
 

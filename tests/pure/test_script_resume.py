@@ -16,7 +16,9 @@ from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader
 
 from ray_accel_ckpt import Checkpointer, EverySteps, ProjectConfiguration, errors, open_checkpoint
+from ray_accel_ckpt.image import copies
 from tests.pure.helpers import (
+    OPTIONS,
     Noisy,
     OnStep,
     Plain,
@@ -34,6 +36,14 @@ from tests.pure.helpers import (
 EPOCHS = 3
 # 22 samples in batches of 4: six steps an epoch, eighteen in all.
 BATCHES = 6
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["at once", "overlap"])
+def overlap(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the copies of a save go on beside training."""
+    monkeypatch.setitem(OPTIONS, "overlap", request.param)
+    monkeypatch.setattr(copies, "_SMALL", 0)
+    return bool(request.param)
 
 
 # --- the whole of a loop ---------------------------------------------------------------

@@ -90,8 +90,10 @@ def from_dcp(
         plan=partition.plan_digest(specs, world_size=1),
         library=__version__,
     )
-    data = Slot().fill(layout, tensors)
-    image = Image(info=info, layout=layout, data=data, parts=parts_of(captured, rank=0))
+    slot = Slot()
+    data = slot.fill(layout, tensors)
+    parts = parts_of(captured, rank=0)
+    image = Image(info=info, layout=layout, data=data, parts=parts, wait=slot.wait)
     write_image(filesystem, directory, image, timeout=_TIMEOUT)
     return directory
 

@@ -1,0 +1,224 @@
+"""The copies of one save into a slot, some of which go on beside training.
+
+A tensor that nothing but an optimizer writes may be read until the next optimizer
+steps: on an accelerator by a stream of its own, on the host by a thread. That a
+write came in between all the same is seen by torch's count of a tensor's versions.
+The method is that of CUDA side streams in torch's own `DefaultStager`, and of
+copy-on-write as CheckFreq has it (Mohan et al., FAST 2021), with the wait at the update.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from ray_accel_ckpt.errors import TornSnapshotError
+
+_STREAMED = ("cuda", "xpu")
+"""Devices whose copies are ordered by streams. Others copy at once."""
+_ONE_WRITE = 2.0
+"""Seconds that no write to one tensor takes: memory as large as any is gone through in less."""
+_SMALL = 64 * 2**10
+"""Bytes of a tensor below which handing it on costs more than copying it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Copy:
+    """One tensor's rows and their place in a slot."""
+
+    name: str
+    source: torch.Tensor
+    target: torch.Tensor
+
+    def run(self) -> None:
+        with torch.no_grad():
+            self.target.copy_(self.source, non_blocking=self.source.device.type in _STREAMED)
+
+
+class Copies:
+    """Begun when made: all of `now` are safe from writes at once, those of `later` by `settle`.
+
+    What streams copy is not waited for here: later work on the current stream comes after it.
+
+    Args:
+        now: may be written by anyone as soon as this returns.
+        later: are written by torch optimizers only, until `settle` has been called,
+            which every torch optimizer's `step` does.
+    """
+
+    def __init__(self, now: Sequence[Copy], later: Sequence[Copy] = ()) -> None:
+        self._later = tuple(later)
+        self._versions = [copy.source._version for copy in self._later]
+        self._lock = threading.Lock()
+        self._changed: str | None = None
+        self._judged = threading.Event()
+        self._settled = not later
+        if not later:
+            self._judged.set()
+        self._lanes: list[_Lane] = []
+        _run(now)
+        self._lanes += [_Enqueued(device) for device in _devices(now)]
+        streamed = _devices(later)
+        self._lanes += [_Stream(device, _on(device, later)) for device in streamed]
+        host = [copy for copy in later if copy.source.device not in streamed]
+        if host:
+            self._lanes.append(_Thread(host))
+        self._unhook = self._before_each_step() if later else None
+
+    def settle(self) -> None:
+        """Let anyone write the sources: writes on this thread come after the copies from here on.
+
+        Blocks until the host's are done; streams are told to wait, this thread does not.
+
+        Raises:
+            TornSnapshotError: a tensor of `later` was written before it was known to be copied.
+        """
+        if self._settled:
+            return
+        self._settled = True
+        if self._unhook is not None:
+            self._unhook()
+        self._judge(self._find_changed())
+        for lane in self._lanes:
+            lane.order()
+        self._later = ()
+        if self._changed is not None:
+            raise _torn(self._changed)
+
+    def wait(self) -> None:
+        """Block until all is in place. From any thread.
+
+        Raises:
+            TornSnapshotError: and may not be what it was when the copies began.
+        """
+        for lane in self._lanes:
+            lane.wait()
+        # A version is counted when a write is through, not when it begins. The thread that writes
+        # knows best; it is given the time that one write takes, and more.
+        if not self._judged.wait(_ONE_WRITE):
+            self._judge(self._find_changed())
+        if self._changed is not None:
+            raise _torn(self._changed)
+
+    def _before_each_step(self) -> Callable[[], object]:
+        """Settle before any optimizer steps, as long as someone has this object."""
+        this = weakref.ref(self)
+
+        def hook(*_: object) -> None:
+            copies = this()
+            if copies is not None:
+                copies.settle()
+
+        return weakref.finalize(self, register_optimizer_step_pre_hook(hook).remove)
+
+    def _judge(self, changed: str | None) -> None:
+        """The first verdict counts: until then no write can have been in the copies' way."""
+        with self._lock:
+            if not self._judged.is_set():
+                self._changed = changed
+                self._judged.set()
+
+    def _find_changed(self) -> str | None:
+        for copy, version in zip(self._later, self._versions, strict=False):
+            if copy.source._version != version:
+                return copy.name
+        return None
+
+
+class _Lane(Protocol):
+    """Copies of one kind."""
+
+    def order(self) -> None:
+        """Have this thread's writes come after them."""
+        ...
+
+    def wait(self) -> None:
+        """Block until they are done. Raises what one of them raised."""
+        ...
+
+
+def _run(copies: Sequence[Copy]) -> None:
+    for copy in copies:
+        copy.run()
+
+
+class _Enqueued:
+    """Copies on the current stream: what is enqueued later comes later."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._event = torch.accelerator.current_stream(device).record_event()
+
+    def order(self) -> None:
+        pass
+
+    def wait(self) -> None:
+        self._event.synchronize()
+
+
+class _Stream:
+    """Copies on a stream of their own, beside what the device computes."""
+
+    def __init__(self, device: torch.device, copies: Sequence[Copy]) -> None:
+        self._device = device
+        self._copies = copies  # their memory must not be freed meanwhile
+        stream: Any = torch.Stream(device)
+        # What was enqueued before is what is to be copied.
+        stream.wait_stream(torch.accelerator.current_stream(device))
+        with stream:
+            _run(copies)
+        self._event = stream.record_event()
+
+    def order(self) -> None:
+        torch.accelerator.current_stream(self._device).wait_event(self._event)
+
+    def wait(self) -> None:
+        self._event.synchronize()
+        self._copies = ()
+
+
+class _Thread:
+    """Copies on the host, by a thread."""
+
+    def __init__(self, copies: Sequence[Copy]) -> None:
+        pool = ThreadPoolExecutor(1, thread_name_prefix="ray_accel_ckpt-copy")
+        self._done = pool.submit(_run, copies)
+        pool.shutdown(wait=False)
+
+    def order(self) -> None:
+        wait([self._done])
+
+    def wait(self) -> None:
+        self._done.result()
+
+
+def may_be_late(source: torch.Tensor) -> bool:
+    """Whether a write would be seen, and it is large enough to gain by not being waited for."""
+    known = source.device.type in ("cpu", *_STREAMED) and not source.is_inference()
+    return known and source.nbytes >= _SMALL
+
+
+def _devices(copies: Sequence[Copy]) -> list[torch.device]:
+    found = dict.fromkeys(copy.source.device for copy in copies)
+    return [device for device in found if device.type in _STREAMED]
+
+
+def _on(device: torch.device, copies: Sequence[Copy]) -> list[Copy]:
+    return [copy for copy in copies if copy.source.device == device]
+
+
+def _torn(name: str) -> TornSnapshotError:
+    return TornSnapshotError(
+        "a tensor was written while it was being saved",
+        where=name,
+        why="with overlap, what an optimizer holds is copied until the next optimizer's step; "
+        "something else wrote to it before, in place",
+        remedy="write to it between optimizer.step() and the save, or pass "
+        "Checkpointer(overlap=False)",
+    )

@@ -1,0 +1,274 @@
+"""Copies that go on beside training: whatever writes a tensor at whatever moment, none is torn."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import optimizer as of_torch
+
+from ray_accel_ckpt import Checkpointer, EverySteps, ProjectConfiguration
+from ray_accel_ckpt.errors import ConfigurationError, TornSnapshotError
+from ray_accel_ckpt.image import copies as module
+from ray_accel_ckpt.image.copies import Copies, Copy, may_be_late
+from ray_accel_ckpt.image.staging import Slot
+from ray_accel_ckpt.state.bundle import StateBundle
+from ray_accel_ckpt.storage.fakes import MemoryFilesystem
+from ray_accel_ckpt.storage.writer import write_image
+from tests.helpers_image import image_of, part_of
+
+COUNT = 4
+PATIENCE = 60.0
+
+
+class Gate:
+    """Lets so many copies of the thread through, and no more until it is opened."""
+
+    def __init__(self, passes: int) -> None:
+        self._passes = threading.Semaphore(passes)
+        self.reached = threading.Event()
+
+    def run(self, copy: Copy) -> None:
+        if threading.current_thread() is threading.main_thread():
+            return
+        if not self._passes.acquire(blocking=False):
+            self.reached.set()
+            assert self._passes.acquire(timeout=PATIENCE)
+
+    def open(self) -> None:
+        self._passes.release(COUNT)
+
+
+@pytest.fixture
+def gate(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    gate, run = Gate(request.param), Copy.run
+
+    def gated(copy: Copy) -> None:
+        gate.run(copy)
+        run(copy)
+
+    monkeypatch.setattr(Copy, "run", gated)
+    yield gate
+    gate.open()
+
+
+def _trained() -> tuple[list[nn.Parameter], torch.optim.Optimizer]:
+    parameters = [nn.Parameter(torch.arange(5.0) + i) for i in range(COUNT)]
+    optimizer = torch.optim.SGD(parameters, lr=1.0)
+    for parameter in parameters:
+        parameter.grad = torch.ones(5)
+    return parameters, optimizer
+
+
+def _begin(parameters: list[nn.Parameter]) -> tuple[Copies, list[torch.Tensor]]:
+    targets = [torch.zeros(5) for _ in parameters]
+    late = [
+        Copy(name=str(i), source=p.detach(), target=t)
+        for i, (p, t) in enumerate(zip(parameters, targets, strict=True))
+    ]
+    return Copies([], late), targets
+
+
+@pytest.mark.parametrize("gate", range(COUNT + 1), indirect=True)
+def test_an_optimizer_steps_when_all_is_copied(gate: Gate) -> None:
+    parameters, optimizer = _trained()
+    before = [p.detach().clone() for p in parameters]
+    begun, targets = _begin(parameters)
+    stepping = threading.Thread(target=optimizer.step)
+    stepping.start()
+    gate.open()
+    stepping.join()
+    begun.wait()
+    assert all(map(torch.equal, targets, before))
+    assert not any(map(torch.equal, parameters, before))
+
+
+@pytest.mark.parametrize("gate", range(COUNT), indirect=True)
+def test_until_then_it_waits(gate: Gate) -> None:
+    parameters, optimizer = _trained()
+    before = [p.detach().clone() for p in parameters]
+    begun, _ = _begin(parameters)
+    assert gate.reached.wait(PATIENCE)
+    stepping = threading.Thread(target=optimizer.step)
+    stepping.start()
+    stepping.join(0.05)
+    assert stepping.is_alive()
+    assert all(map(torch.equal, parameters, before))
+    gate.open()
+    stepping.join()
+    begun.wait()
+
+
+@pytest.mark.parametrize("gate", range(COUNT), indirect=True)
+@pytest.mark.parametrize("written", range(COUNT))
+def test_what_something_else_wrote_is_not_saved(gate: Gate, written: int) -> None:
+    parameters, _ = _trained()
+    begun, _ = _begin(parameters)
+    assert gate.reached.wait(PATIENCE)
+    with torch.no_grad():
+        parameters[written].add_(1)
+    gate.open()
+    with pytest.raises(TornSnapshotError) as caught:
+        begun.settle()
+    assert caught.value.where == str(written)
+    with pytest.raises(TornSnapshotError):
+        begun.wait()
+    # Told once: the save is given up, training may go on.
+    begun.settle()
+
+
+def test_nobody_is_told_that_all_is_well_while_a_write_may_be_under_way() -> None:
+    """Torch counts a version when the write is through: here memory changes before the count."""
+    parameters, _ = _trained()
+    begun, _ = _begin(parameters)
+    parameters[0].detach().numpy()[:] = -1
+    raised: list[BaseException] = []
+
+    def wait() -> None:
+        try:
+            begun.wait()
+        except TornSnapshotError as e:
+            raised.append(e)
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    waiting.join(0.2)
+    with torch.no_grad():
+        parameters[0].add_(0)
+    with pytest.raises(TornSnapshotError):
+        begun.settle()
+    waiting.join()
+    assert raised
+
+
+def test_without_another_step_a_save_is_through_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "_ONE_WRITE", 0.0)
+    parameters, _ = _trained()
+    begun, targets = _begin(parameters)
+    begun.wait()
+    assert all(map(torch.equal, targets, parameters))
+    # And what is written later does not take that back.
+    with torch.no_grad():
+        parameters[0].add_(1)
+    begun.wait()
+    begun.settle()
+
+
+def test_an_optimizer_that_steps_again_waits_for_nothing() -> None:
+    hooks = of_torch._global_optimizer_pre_hooks
+    parameters, optimizer = _trained()
+    begun, _ = _begin(parameters)
+    assert len(hooks) == 1
+    optimizer.step()
+    assert len(hooks) == 0
+    begun, _ = _begin(parameters)
+    assert len(hooks) == 1
+    del begun
+    gc.collect()
+    assert len(hooks) == 0
+
+
+def test_an_error_of_a_copy_is_told_to_who_waits() -> None:
+    copy = Copy(name="x", source=torch.zeros(3), target=torch.zeros(4))
+    begun = Copies([], [copy])
+    begun.settle()
+    with pytest.raises(RuntimeError, match="size"):
+        begun.wait()
+
+
+def test_small_tensors_and_those_without_versions_are_not_late() -> None:
+    assert may_be_late(torch.zeros(2**14))
+    assert not may_be_late(torch.zeros(2**14 - 1))
+    with torch.inference_mode():
+        assert not may_be_late(torch.zeros(2**14))
+
+
+@pytest.mark.parametrize("gate", [0], indirect=True)
+def test_a_slot_is_not_used_again_before_its_copies_are_done(gate: Gate) -> None:
+    """As when Ray drops a report without uploading it."""
+    slot, tensor = Slot(), torch.arange(2.0**15)
+    image = image_of(part_of({"x": tensor}))
+    slot.fill(image.layout, {"part/x": tensor}, late={"part/x"})
+    assert gate.reached.wait(PATIENCE)
+    got: list[torch.Tensor] = []
+    again = threading.Thread(target=lambda: got.append(slot.reserve(10)))
+    again.start()
+    again.join(0.05)
+    assert got == []
+    gate.open()
+    again.join()
+    assert len(got) == 1
+
+
+def test_nothing_is_written_of_a_torn_image() -> None:
+    storage, slot, tensor = MemoryFilesystem(), Slot(), torch.arange(2.0**15)
+    image = image_of(part_of({"x": tensor}))
+    data = slot.fill(image.layout, {"part/x": tensor}, late={"part/x"})
+    tensor.add_(1)
+    torn = replace(image, data=data, wait=slot.wait)
+    with pytest.raises(TornSnapshotError):
+        slot.settle()
+    with pytest.raises(TornSnapshotError):
+        write_image(storage, "there", torn, timeout=1.0)
+    assert storage.list("there") == []
+
+
+def test_late_is_what_prepared_optimizers_hold() -> None:
+    bundle = StateBundle()
+    model, average = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)), nn.Linear(3, 3)
+    head = nn.Linear(3, 1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=torch.tensor(0.1))
+    other = torch.optim.SGD(head.parameters(), momentum=0.9)
+    for each in (model, average, head):
+        bundle.add_model(each)
+    bundle.add_optimizer(optimizer)
+    bundle.add_object("other", other, kind="object")
+    model(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+    captured = bundle.capture(with_gradients=True)
+    parameters = [name for name, _ in model.named_parameters()]
+    moments = ("exp_avg", "exp_avg_sq", "step")
+    assert bundle.written_by_optimizers(captured) == {
+        *(f"model/{name}" for name in parameters),
+        *(f"optimizer/state/model.{name}/{moment}" for name in parameters for moment in moments),
+    }
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_checkpointer_tells_who_wrote_in_between(
+    tmp_path: Path, overlap: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_SMALL", 0)
+    ckpt = Checkpointer(
+        save=EverySteps(1),
+        overlap=overlap,
+        project_config=ProjectConfiguration(tmp_path, automatic_checkpoint_naming=True),
+    )
+    bare = nn.Linear(3, 3)
+    model, optimizer = ckpt.prepare(bare, torch.optim.SGD(bare.parameters()))
+    model(torch.ones(3)).sum().backward()
+    optimizer.step()
+    ckpt.step()
+    with torch.no_grad():
+        model.weight.clamp_(-0.1, 0.1)
+    if overlap:
+        with pytest.raises(TornSnapshotError, match="overlap=False"):
+            optimizer.step()
+        with pytest.raises(TornSnapshotError, match="model/weight"):
+            ckpt.flush()
+    else:
+        optimizer.step()
+        ckpt.flush()
+
+
+def test_overlap_is_yes_no_or_none() -> None:
+    with pytest.raises(ConfigurationError, match="overlap"):
+        Checkpointer(overlap="yes")  # type: ignore[arg-type]
