@@ -397,7 +397,7 @@ class Checkpointer:
             # For an end that is saved without a step: without a score Ray may rank it best.
             self._last_metrics = self._last_metrics or registered.metrics
         if restored is not None and only is None:
-            self._resumer.settle(restored)
+            self._resumer.settle(restored, filesystem)
             self._resumed(restored.path, registered.latest)
         return restored is not None
 
@@ -447,6 +447,7 @@ class Checkpointer:
             sink.save(
                 captured,
                 self._slots,
+                frozen=self._bundle.frozen(captured),
                 late=self._bundle.written_by_optimizers(captured) if self._overlaps() else (),
                 step=step,
                 epoch=epoch,

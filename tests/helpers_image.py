@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import xxhash
 from torch import nn
 
 from ray_accel_ckpt.image import partition, shard
+from ray_accel_ckpt.image.frozen import FrozenShare
 from ray_accel_ckpt.image.image import Image, SaveInfo, parts_of
 from ray_accel_ckpt.image.reader import Snapshot
 from ray_accel_ckpt.image.staging import Slot
@@ -104,10 +105,13 @@ def image_of(
     step: int = 0,
     attempt: str = "abc123",
     run: str = RUN,
+    frozen: Collection[str] = (),
 ) -> Image:
     """What `rank` would write of a captured bundle."""
-    specs = partition.specs_of(captured, rank=rank, world_size=world_size)
-    layout = shard.plan(partition.share(specs, rank=rank))
+    specs = partition.specs_of(captured, rank=rank, world_size=world_size, frozen=frozen)
+    mine = partition.share(specs, rank=rank)
+    layout = shard.plan(piece for piece in mine if not piece.spec.frozen)
+    still = shard.plan(piece for piece in mine if piece.spec.frozen)
     info = SaveInfo(
         run=run,
         attempt=attempt,
@@ -123,7 +127,12 @@ def image_of(
     slot = Slot()
     data = slot.fill(layout, tensors)
     return Image(
-        info=info, layout=layout, data=data, parts=parts_of(captured, rank=rank), wait=slot.wait
+        info=info,
+        layout=layout,
+        data=data,
+        parts=parts_of(captured, rank=rank),
+        wait=slot.wait,
+        frozen=FrozenShare().image(still, tensors) if frozen else None,
     )
 
 

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-import xxhash
-
-from ray_accel_ckpt.image.dtypes import name_of
+from ray_accel_ckpt.image.frozen import Frozen
+from ray_accel_ckpt.image.hashing import HashedFile, shard_info
 from ray_accel_ckpt.image.manifest import (
-    BLOCK,
     FORMAT,
     VERSION,
+    FrozenInfo,
     Manifest,
     PartInfo,
-    ShardInfo,
-    SliceInfo,
     shard_name,
 )
 from ray_accel_ckpt.image.shard import Layout
 from ray_accel_ckpt.state.part import Captured
-
-_CHUNK = 8 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +43,7 @@ class Image:
         data: the shard's file, byte for byte, once `wait` has returned.
         wait: blocks until all copies into it are done; raises `TornSnapshotError` if
             one of them cannot be trusted.
+        frozen: what does not change, in a file of its own.
     """
 
     info: SaveInfo
@@ -55,6 +51,7 @@ class Image:
     data: memoryview
     parts: Mapping[str, PartInfo]
     wait: Callable[[], None]
+    frozen: Frozen | None = None
 
 
 def parts_of(captured: Mapping[str, Captured], *, rank: int) -> dict[str, PartInfo]:
@@ -69,49 +66,22 @@ def parts_of(captured: Mapping[str, Captured], *, rank: int) -> dict[str, PartIn
 
 
 class Hashing:
-    """Yields an image's bytes to be written, hashing each just before it is handed out."""
+    """An image's shard on its way out, and the manifest that follows it."""
 
     def __init__(self, image: Image) -> None:
         self._image = image
-        self._blocks: list[list[str]] = []
+        self._shard = HashedFile(image.layout, image.data)
 
     def chunks(self) -> Iterator[memoryview]:
-        """The file in order, in pieces that are good to write. May be gone through again."""
-        data = self._image.data
-        self._blocks = []
-        sent = 0
-        for placed in self._image.layout.placed:
-            digests: list[str] = []
-            self._blocks.append(digests)
-            for begin, end in block_ranges(placed.begin, placed.end, BLOCK):
-                digests.append(xxhash.xxh3_128_hexdigest(data[begin:end]))
-                if end - sent >= _CHUNK:
-                    yield data[sent:end]
-                    sent = end
-        if sent < len(data):
-            yield data[sent:]
+        """The shard in order, in pieces that are good to write. May be gone through again."""
+        return self._shard.chunks()
 
-    def manifest(self) -> Manifest:
+    def manifest(self, frozen: FrozenInfo | None = None) -> Manifest:
         """Complete once `chunks` has been gone through."""
         image, info = self._image, self._image.info
-        slices = [
-            SliceInfo(
-                name=placed.slice.spec.name,
-                scope=placed.slice.spec.scope.value,
-                dtype=name_of(placed.slice.spec.dtype),
-                shape=list(placed.slice.spec.shape),
-                offsets=list(placed.slice.box.start),
-                sizes=list(placed.slice.box.size),
-                begin=placed.begin,
-                end=placed.end,
-                blocks=blocks,
-            )
-            for placed, blocks in zip(image.layout.placed, self._blocks, strict=True)
-        ]
-        header = image.layout.header
         return Manifest(
             format=FORMAT,
-            version=VERSION,
+            version=2 if frozen is None else VERSION,
             library=info.library,
             run=info.run,
             attempt=info.attempt,
@@ -121,18 +91,8 @@ class Hashing:
             world_size=info.world_size,
             rank=info.rank,
             plan=info.plan,
-            shard=ShardInfo(
-                file=shard_name(info.rank, info.world_size),
-                nbytes=image.layout.nbytes,
-                block=BLOCK,
-                header_nbytes=len(header),
-                header_checksum=xxhash.xxh3_128_hexdigest(header),
-            ),
-            slices=slices,
+            shard=shard_info(shard_name(info.rank, info.world_size), image.layout),
+            slices=self._shard.slices(),
             parts=dict(image.parts),
+            frozen=frozen,
         )
-
-
-def block_ranges(begin: int, end: int, block: int) -> Iterable[tuple[int, int]]:
-    """[begin, end) in blocks of `block` bytes, the last one shorter."""
-    return ((at, min(at + block, end)) for at in range(begin, end, block))

@@ -26,7 +26,8 @@ from ray_accel_ckpt.state.box import Box
 from ray_accel_ckpt.state.part import Scope
 
 FORMAT: Final = "ray_accel_ckpt"
-VERSION: Final = 2
+VERSION: Final = 3
+"""The newest. What needs nothing of it is written as version 2, which more readers read."""
 BLOCK = 2**20
 """Bytes that one checksum covers, in what is written: who wants some rows reads little more."""
 _BLOCK_OF_VERSION_1 = 16 * 2**20
@@ -38,7 +39,7 @@ MAX_DIMENSIONS = 64
 MAX_NAME = 4096
 
 _PREFIX, _MIDDLE, _SUFFIX = b'{"checksum":"', b'","body":', b"}\n"
-_FILE = re.compile(r"(shard|manifest)-([0-9]{5})-of-([0-9]{5})\.(safetensors|json)")
+_FILE = re.compile(r"(shard|frozen|manifest)-([0-9]{5})-of-([0-9]{5})\.(safetensors|json)")
 
 Count = Annotated[int, Field(ge=0, lt=2**62)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
@@ -68,13 +69,20 @@ class SliceInfo(_Strict):
 
 
 class ShardInfo(_Strict):
-    """The shard beside this manifest."""
+    """A file of tensors beside this manifest."""
 
     file: str
     nbytes: Count
     block: Annotated[int, Field(ge=64, le=2**30, multiple_of=64)]
     header_nbytes: Count
     header_checksum: Digest
+
+
+class FrozenInfo(_Strict):
+    """What of this rank's share did not change, in a file of its own that many checkpoints have."""
+
+    shard: ShardInfo
+    slices: Annotated[list[SliceInfo], FailFast()]
 
 
 class PartInfo(_Strict):
@@ -90,7 +98,7 @@ class Manifest(_Strict):
     """One rank's record of one save."""
 
     format: Literal["ray_accel_ckpt"]
-    version: Literal[2]
+    version: Literal[2, 3]
     library: str
     run: str
     attempt: Annotated[str, Field(pattern=r"^[0-9a-f]{6,32}$")]
@@ -104,10 +112,21 @@ class Manifest(_Strict):
     # A list of a million faults would be a bomb of its own: the first is enough.
     slices: Annotated[list[SliceInfo], FailFast()]
     parts: Annotated[dict[Name, PartInfo], Field(max_length=10_000)]
+    frozen: FrozenInfo | None = None
+
+    @property
+    def files(self) -> list[tuple[ShardInfo, list[SliceInfo]]]:
+        """Each file of tensors and what lies in it; the shard comes first."""
+        more = [] if self.frozen is None else [(self.frozen.shard, self.frozen.slices)]
+        return [(self.shard, self.slices), *more]
 
 
 def shard_name(rank: int, world_size: int) -> str:
     return f"shard-{rank:05d}-of-{world_size:05d}.safetensors"
+
+
+def frozen_name(rank: int, world_size: int) -> str:
+    return f"frozen-{rank:05d}-of-{world_size:05d}.safetensors"
 
 
 def manifest_name(rank: int, world_size: int) -> str:
@@ -115,9 +134,12 @@ def manifest_name(rank: int, world_size: int) -> str:
 
 
 def parse_name(file: str) -> tuple[str, int, int] | None:
-    """(``"shard"`` or ``"manifest"``, rank, world size) of a file name of ours, else None."""
+    """(kind, rank, world size) of a file name of ours, else None.
+
+    The kind is ``"shard"``, ``"frozen"`` or ``"manifest"``.
+    """
     match = _FILE.fullmatch(file)
-    if match is None or (match[1] == "shard") != (match[4] == "safetensors"):
+    if match is None or (match[1] == "manifest") != (match[4] == "json"):
         return None
     rank, world_size = int(match[2]), int(match[3])
     return (match[1], rank, world_size) if rank < world_size else None
@@ -129,7 +151,9 @@ def encode(manifest: Manifest) -> bytes:
     Raises:
         UnsupportedStateError: it would be too long to be read again.
     """
-    text = json.dumps(manifest.model_dump(mode="python"), separators=(",", ":"), allow_nan=False)
+    unknown = {"frozen"} if manifest.version == 2 else None
+    content = manifest.model_dump(mode="python", exclude=unknown)
+    text = json.dumps(content, separators=(",", ":"), allow_nan=False)
     body = text.encode("ascii")
     if len(body) > MAX_NBYTES - 64:
         largest = max(manifest.parts, key=lambda name: len(json.dumps(manifest.parts[name].value)))
@@ -205,26 +229,34 @@ def _from_version_1(raw: dict[str, Any]) -> dict[str, Any]:
     if "block" in raw["shard"]:
         raise ValueError("a shard of version 1 has the members of version 2")
     shard = {**raw["shard"], "block": _BLOCK_OF_VERSION_1}
-    return {**raw, "version": VERSION, "shard": shard, "slices": list(map(boxed, raw["slices"]))}
+    return {**raw, "version": 2, "shard": shard, "slices": list(map(boxed, raw["slices"]))}
 
 
 def _check(manifest: Manifest, where: str) -> None:
     """What a schema cannot say: that all byte ranges are true to each other."""
     if manifest.rank >= manifest.world_size:
         raise _corrupt(where, f"rank {manifest.rank} of {manifest.world_size} ranks")
-    if manifest.shard.file != shard_name(manifest.rank, manifest.world_size):
-        raise _corrupt(where, f"it names the shard {manifest.shard.file[:100]!r}")
-    if not 8 <= manifest.shard.header_nbytes <= manifest.shard.nbytes:
-        raise _corrupt(where, "the shard's header is longer than the shard")
-    if manifest.shard.header_nbytes > MAX_HEADER_NBYTES:
-        raise _corrupt(where, "the shard's header is longer than any")
-    for info in manifest.slices:
-        _check_slice(info, manifest.shard.block, where)
-    names = [info.name for info in manifest.slices]
+    if (manifest.version == 3) != (manifest.frozen is not None):
+        raise _corrupt(where, "a file of frozen tensors and version 3 go together")
+    named = (shard_name, frozen_name)
+    for (shard, slices), name in zip(manifest.files, named, strict=False):
+        if shard.file != name(manifest.rank, manifest.world_size):
+            raise _corrupt(where, f"it names the shard {shard.file[:100]!r}")
+        _check_file(shard, slices, where)
+    names = [info.name for _, slices in manifest.files for info in slices]
     if len(set(names)) != len(names):
         raise _corrupt(where, "a tensor is named twice")
-    ranges = sorted((info.begin, info.end) for info in manifest.slices if info.begin < info.end)
-    ends = [(0, manifest.shard.header_nbytes), *ranges, (manifest.shard.nbytes,) * 2]
+
+
+def _check_file(shard: ShardInfo, slices: list[SliceInfo], where: str) -> None:
+    if not 8 <= shard.header_nbytes <= shard.nbytes:
+        raise _corrupt(where, "the shard's header is longer than the shard")
+    if shard.header_nbytes > MAX_HEADER_NBYTES:
+        raise _corrupt(where, "the shard's header is longer than any")
+    for info in slices:
+        _check_slice(info, shard.block, where)
+    ranges = sorted((info.begin, info.end) for info in slices if info.begin < info.end)
+    ends = [(0, shard.header_nbytes), *ranges, (shard.nbytes,) * 2]
     if any(end != begin for (_, end), (begin, _) in pairwise(ends)):
         raise _corrupt(where, "slices overlap, leave gaps, or reach beyond the shard")
 

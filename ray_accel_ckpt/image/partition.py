@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 import xxhash
@@ -33,6 +33,7 @@ class TensorSpec:
         box: the indices that this rank holds.
         peers: the ranks that hold the very same and share the writing of it.
         layout: how a sharded tensor is cut, the same text on all ranks.
+        frozen: it does not change from save to save, and lies in a file of its own.
     """
 
     name: str
@@ -42,6 +43,7 @@ class TensorSpec:
     box: Box
     peers: tuple[int, ...]
     layout: str = ""
+    frozen: bool = False
 
     @property
     def row_nbytes(self) -> int:
@@ -71,8 +73,17 @@ class Slice:
         return (self.stop - self.start) * self.spec.row_nbytes
 
 
-def specs_of(captured: Mapping[str, Captured], *, rank: int, world_size: int) -> list[TensorSpec]:
+def specs_of(
+    captured: Mapping[str, Captured],
+    *,
+    rank: int,
+    world_size: int,
+    frozen: Collection[str] = (),
+) -> list[TensorSpec]:
     """Every tensor of a captured bundle as `rank` holds it, by name.
+
+    Args:
+        frozen: names of those that do not change from save to save.
 
     Raises:
         UnsupportedStateError: a dtype, a name, a shape or a way of sharding
@@ -82,7 +93,8 @@ def specs_of(captured: Mapping[str, Captured], *, rank: int, world_size: int) ->
     for part in captured.values():
         for name, tensor in part.tensors.items():
             _refuse_unsupported(name, tensor)
-            specs.append(spec_of(name, tensor, part.scopes[name], rank, world_size))
+            spec = spec_of(name, tensor, part.scopes[name], rank, world_size)
+            specs.append(replace(spec, frozen=name in frozen))
     return sorted(specs, key=lambda spec: spec.name)
 
 
@@ -116,11 +128,12 @@ def share(specs: Iterable[TensorSpec], *, rank: int) -> list[Slice]:
 
     Tensors without bytes are written by the first of their holders.
     """
-    lines: dict[tuple[int, ...], list[TensorSpec]] = {}
+    # Frozen tensors are lines of their own: what is written at each save is shared out evenly.
+    lines: dict[tuple[tuple[int, ...], bool], list[TensorSpec]] = {}
     for spec in specs:
         if rank in spec.peers:
-            lines.setdefault(spec.peers, []).append(spec)
-    return [piece for peers, line in lines.items() for piece in _piece(line, peers, rank)]
+            lines.setdefault((spec.peers, spec.frozen), []).append(spec)
+    return [piece for (peers, _), line in lines.items() for piece in _piece(line, peers, rank)]
 
 
 def _piece(line: list[TensorSpec], peers: tuple[int, ...], rank: int) -> Iterable[Slice]:
@@ -141,7 +154,11 @@ def _piece(line: list[TensorSpec], peers: tuple[int, ...], rank: int) -> Iterabl
 def plan_digest(specs: Iterable[TensorSpec], *, world_size: int) -> str:
     """xxh3-128 of what all ranks must agree on: the tensors they share, and the world size."""
     line = [
-        [s.name, name_of(s.dtype), list(s.shape), *([s.layout] if s.layout else [])]
+        [
+            *(s.name, name_of(s.dtype), list(s.shape)),
+            *([s.layout] if s.layout else []),
+            *(["frozen"] if s.frozen else []),
+        ]
         for s in specs
         if s.scope in (Scope.REPLICATED, Scope.SHARDED)
     ]

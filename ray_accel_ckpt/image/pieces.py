@@ -12,7 +12,7 @@ import xxhash
 
 from ray_accel_ckpt.errors import CorruptCheckpointError
 from ray_accel_ckpt.image.dtypes import dtype_named
-from ray_accel_ckpt.image.image import block_ranges
+from ray_accel_ckpt.image.hashing import block_ranges
 from ray_accel_ckpt.image.manifest import SliceInfo
 from ray_accel_ckpt.image.staging import bytes_of
 from ray_accel_ckpt.image.threads import for_each
@@ -28,7 +28,7 @@ class Fetch(Protocol):
     Called by several threads at once.
     """
 
-    def __call__(self, rank: int, offset: int, into: memoryview) -> None: ...
+    def __call__(self, shard: int, offset: int, into: memoryview) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,13 +91,13 @@ class Staged:
     that can be proved.
 
     Args:
-        rank: whose shard it is.
+        shard: its number.
         pieces: at most one of each slice.
         block: bytes that one checksum covers.
     """
 
-    def __init__(self, rank: int, pieces: Iterable[Piece], *, block: int) -> None:
-        self.rank = rank
+    def __init__(self, shard: int, pieces: Iterable[Piece], *, block: int) -> None:
+        self.shard = shard
         self._block = block
         self._ranges: dict[str, _Range] = {}
         position = 0
@@ -126,7 +126,7 @@ class Staged:
 
         def read(stretch: list[_Block]) -> None:
             begin, end, at = stretch[0].begin, stretch[-1].end, stretch[0].at
-            fetch(self.rank, begin, view[at : at + end - begin])
+            fetch(self.shard, begin, view[at : at + end - begin])
             for block in stretch:
                 block.verify(view[block.at : block.at + block.end - block.begin], where)
 
@@ -146,7 +146,7 @@ class Staged:
             if len(getattr(scratch, "buffer", b"")) < nbytes:
                 scratch.buffer = bytearray(max(nbytes, _STRETCH))
             view = memoryview(scratch.buffer)[:nbytes]
-            fetch(self.rank, first.begin, view)
+            fetch(self.shard, first.begin, view)
             for block in stretch:
                 block.verify(view[block.begin - first.begin : block.end - first.begin], where)
 

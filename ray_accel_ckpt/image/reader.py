@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ray_accel_ckpt.errors import CorruptCheckpointError, NotACheckpointError
-from ray_accel_ckpt.image.manifest import Manifest, PartInfo, SliceInfo
+from ray_accel_ckpt.image.manifest import Manifest, PartInfo, ShardInfo, SliceInfo
 from ray_accel_ckpt.image.pieces import dtype_of
 from ray_accel_ckpt.state.box import tile
 from ray_accel_ckpt.state.part import SavedPart, SavedTensor, Scope
@@ -15,9 +15,9 @@ from ray_accel_ckpt.state.tree import tensor_refs
 
 @dataclass(frozen=True, kw_only=True)
 class Located:
-    """A slice and the rank in whose shard it lies."""
+    """A slice and the number of the file it lies in, see `Snapshot.shards`."""
 
-    rank: int
+    shard: int
     info: SliceInfo
 
 
@@ -27,6 +27,10 @@ class Snapshot:
     Args:
         manifests: one a rank, in order.
         where: the checkpoint, for errors.
+
+    Attributes:
+        shards: the files of tensors by number: rank r's shard is r, and what it has
+            in a file of its own because it does not change is world size + r.
 
     Raises:
         NotACheckpointError: they are of different saves, or tensors are not
@@ -48,13 +52,13 @@ class Snapshot:
                 )
         self.shared: dict[str, list[Located]] = {}
         self.own: list[dict[str, Located]] = [{} for _ in self.manifests]
+        self.shards: dict[int, ShardInfo] = {}
         for manifest in self.manifests:
-            for info in manifest.slices:
-                located = Located(rank=manifest.rank, info=info)
-                if Scope(info.scope) is Scope.PER_RANK:
-                    self.own[manifest.rank][info.name] = located
-                else:
-                    self.shared.setdefault(info.name, []).append(located)
+            for kind, (shard, slices) in enumerate(manifest.files):
+                number = kind * self.world_size + manifest.rank
+                self.shards[number] = shard
+                for info in slices:
+                    self._place(Located(shard=number, info=info), manifest.rank)
         for name, pieces in self.shared.items():
             self._check_cover(name, pieces)
             if any(name in own for own in self.own):
@@ -63,6 +67,18 @@ class Snapshot:
                     where=where,
                     remedy="use another checkpoint",
                 )
+
+    def slices(self, shard: int) -> list[SliceInfo]:
+        """What lies in the file of this number."""
+        kind, rank = divmod(shard, self.world_size)
+        return self.manifests[rank].files[kind][1]
+
+    def _place(self, located: Located, rank: int) -> None:
+        info = located.info
+        if Scope(info.scope) is Scope.PER_RANK:
+            self.own[rank][info.name] = located
+        else:
+            self.shared.setdefault(info.name, []).append(located)
 
     @property
     def step(self) -> int:

@@ -64,7 +64,7 @@ class Destination:
 
 
 class Wanted:
-    """Pieces to read, by the rank whose shard holds them.
+    """Pieces to read, by the number of the shard that holds them.
 
     Attributes:
         common: needed by all ranks, and so the same on all of them.
@@ -84,7 +84,7 @@ class Wanted:
                     if overlap is None:
                         continue
                     piece = overlap
-                (own if alone else common).setdefault(located.rank, {})[name] = piece
+                (own if alone else common).setdefault(located.shard, {})[name] = piece
         self.common = _in_order(common)
         self.own = _in_order(own)
 

@@ -182,15 +182,15 @@ class Restorer:
 
     # --- reading -----------------------------------------------------------------------
 
-    def _reader(self, stored_rank: int) -> int:
-        """Which live rank reads what all need of the shard that `stored_rank` wrote."""
-        return stored_rank % self.group.world_size
+    def _reader(self, shard: int) -> int:
+        """Which live rank reads what all need of a shard."""
+        return shard % self.group.world_size
 
     def _read(self, snapshot: Snapshot, wanted: Wanted) -> dict[int, Staged]:
         """Read and prove what is this rank's to read, by the shard it lies in."""
         fetch = ShardFetch(self.filesystem, snapshot)
         mine = {}
-        for stored in range(snapshot.world_size):
+        for stored in snapshot.shards:
             pieces = list(wanted.own.get(stored, ()))
             if self._reader(stored) == self.group.rank:
                 pieces += wanted.common.get(stored, ())

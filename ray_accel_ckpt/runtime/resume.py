@@ -58,9 +58,17 @@ class Resumer:
         finally:
             self.slots.release(slot)
 
-    def settle(self, restored: Restored) -> None:
-        """After all of a state was loaded: what follows from it for what was not in it."""
+    def settle(self, restored: Restored, filesystem: Filesystem) -> None:
+        """After all of a state was loaded: what follows from it for what was not in it.
+
+        Args:
+            filesystem: where it was loaded from.
+        """
         rank, stored = self.session.group.rank, restored.snapshot.world_size
+        frozen = restored.snapshot.manifests[rank].frozen if rank < stored else None
+        if frozen is not None:
+            path = f"{restored.snapshot.where}/{frozen.shard.file}"
+            self.session.frozen.adopt(filesystem, path, frozen)
         if self.bundle.gradients.name in restored.parts:
             self.preparer.window.reopen()
         else:

@@ -45,6 +45,7 @@ class Sink(Protocol):
         slots: SlotPool,
         *,
         late: Collection[str],
+        frozen: Collection[str],
         step: int,
         epoch: int,
         metrics: Metrics,
@@ -54,6 +55,7 @@ class Sink(Protocol):
 
         Args:
             late: names of tensors that only torch optimizers may change, until `slots.settle()`.
+            frozen: names of those that are not expected to have changed since the last save.
             durable: called, on another thread, once this rank's share is.
         """
         ...
@@ -98,6 +100,7 @@ class RaySink:
         slots: SlotPool,
         *,
         late: Collection[str],
+        frozen: Collection[str],
         step: int,
         epoch: int,
         metrics: Metrics,
@@ -109,6 +112,7 @@ class RaySink:
             slots,
             self._session,
             late=late,
+            frozen=frozen,
             save_id=self._save_id,
             step=step,
             epoch=epoch,
@@ -152,6 +156,7 @@ class DirectorySink:
         slots: SlotPool,
         *,
         late: Collection[str],
+        frozen: Collection[str],
         step: int,
         epoch: int,
         metrics: Metrics,
@@ -168,7 +173,14 @@ class DirectorySink:
                 timeout=session.timeout,
             )
         image, slot = freeze(
-            captured, slots, session, late=late, save_id=self._save_id, step=step, epoch=epoch
+            captured,
+            slots,
+            session,
+            late=late,
+            frozen=frozen,
+            save_id=self._save_id,
+            step=step,
+            epoch=epoch,
         )
 
         def after() -> None:
@@ -196,6 +208,7 @@ def freeze(
     session: Session,
     *,
     late: Collection[str],
+    frozen: Collection[str],
     save_id: str,
     step: int,
     epoch: int,
@@ -211,10 +224,12 @@ def freeze(
         UnsupportedStateError: a dtype the format does not have.
     """
     rank, world_size = session.group.rank, session.group.world_size
-    specs = partition.specs_of(captured, rank=rank, world_size=world_size)
+    specs = partition.specs_of(captured, rank=rank, world_size=world_size, frozen=frozen)
     plan = partition.plan_digest(specs, world_size=world_size)
     _check_plan(session, plan)
-    layout = shard.plan(partition.share(specs, rank=rank))
+    mine = partition.share(specs, rank=rank)
+    layout = shard.plan(piece for piece in mine if not piece.spec.frozen)
+    still = [piece for piece in mine if piece.spec.frozen]
     info = SaveInfo(
         run=session.run.name if session.run is not None else "",
         attempt=save_id,
@@ -230,7 +245,11 @@ def freeze(
     try:
         data = slot.fill(layout, tensors, late=late)
         parts = parts_of(captured, rank=rank)
-        return Image(info=info, layout=layout, data=data, parts=parts, wait=slot.wait), slot
+        unchanging = session.frozen.image(shard.plan(still), tensors) if still else None
+        image = Image(
+            info=info, layout=layout, data=data, parts=parts, wait=slot.wait, frozen=unchanging
+        )
+        return image, slot
     except BaseException:
         slots.release(slot)
         raise

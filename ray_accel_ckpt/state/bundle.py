@@ -15,12 +15,15 @@ from ray_accel_ckpt.errors import ConfigurationError, StateMismatchError
 from ray_accel_ckpt.state.loader import PreparedLoader
 from ray_accel_ckpt.state.model import ModelPart
 from ray_accel_ckpt.state.optimizer import OptimizerPart
-from ray_accel_ckpt.state.part import Captured, Differences, Part, SavedPart
+from ray_accel_ckpt.state.part import Captured, Differences, Part, SavedPart, Scope
 from ray_accel_ckpt.state.parts import GradientPart, ObjectPart, RngPart, Stateful
 from ray_accel_ckpt.state.sharding import local
 
 logger = logging.getLogger(__name__)
 P = TypeVar("P")
+
+_WORTH_A_FILE = 2**20
+"""Bytes of frozen parameters below which they are written with the rest each time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +141,22 @@ class StateBundle:
             for name, tensor in part.tensors.items()
             if _storage(tensor) in written
         )
+
+    def frozen(self, captured: Mapping[str, Captured]) -> frozenset[str]:
+        """Names of parameters that are not trained, if they are worth a file of their own."""
+        parameters = [p for part in self.of_type(ModelPart) for _, p in part.named_parameters()]
+        trained = {_storage(p) for p in parameters if p.requires_grad}
+        still = {_storage(p) for p in parameters} - trained
+        found = {
+            name: tensor
+            for part in captured.values()
+            if part.kind == ModelPart.kind
+            for name, tensor in part.tensors.items()
+            if _storage(tensor) in still and part.scopes[name] is not Scope.PER_RANK
+        }
+        # By what all hold together, so that the ranks agree.
+        worth = sum(tensor.nbytes for tensor in found.values()) >= _WORTH_A_FILE
+        return frozenset(found) if worth else frozenset()
 
     # --- loading -----------------------------------------------------------------------
 

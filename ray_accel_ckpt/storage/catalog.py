@@ -17,7 +17,7 @@ import xxhash
 
 from ray_accel_ckpt.errors import CorruptCheckpointError, NotACheckpointError
 from ray_accel_ckpt.image import manifest as manifests
-from ray_accel_ckpt.image.manifest import Manifest, manifest_name, shard_name
+from ray_accel_ckpt.image.manifest import Manifest, manifest_name
 from ray_accel_ckpt.image.pieces import Piece, Staged
 from ray_accel_ckpt.image.reader import Snapshot
 from ray_accel_ckpt.storage.access import READ_TIMEOUT, listed, read_file
@@ -124,7 +124,6 @@ def open_snapshot(filesystem: Filesystem, path: str, *, timeout: float = READ_TI
     for rank in range(world_size):
         name = manifest_name(rank, world_size)
         manifest = read_manifest(filesystem, f"{path}/{name}", sizes[name], timeout=timeout)
-        shard = shard_name(rank, world_size)
         if (manifest.rank, manifest.world_size) != (rank, world_size):
             raise CorruptCheckpointError(
                 "a manifest lies under another rank's name",
@@ -132,14 +131,15 @@ def open_snapshot(filesystem: Filesystem, path: str, *, timeout: float = READ_TI
                 why=f"it is rank {manifest.rank}'s of {manifest.world_size}",
                 remedy="use another checkpoint",
             )
-        if sizes.get(shard) != manifest.shard.nbytes:
-            has = f"has {sizes[shard]} bytes" if shard in sizes else "is missing"
-            raise CorruptCheckpointError(
-                "a shard is not there in full",
-                where=f"{path}/{shard}",
-                why=f"it {has}; its manifest states {manifest.shard.nbytes}",
-                remedy="use another checkpoint",
-            )
+        for shard, _ in manifest.files:
+            if sizes.get(shard.file) != shard.nbytes:
+                has = f"has {sizes[shard.file]} bytes" if shard.file in sizes else "is missing"
+                raise CorruptCheckpointError(
+                    "a shard is not there in full",
+                    where=f"{path}/{shard.file}",
+                    why=f"it {has}; its manifest states {shard.nbytes}",
+                    remedy="use another checkpoint",
+                )
         found.append(manifest)
     return Snapshot(found, path)
 
@@ -178,11 +178,11 @@ class ShardFetch:
         self._snapshot = snapshot
         self._timeout = timeout
 
-    def path(self, rank: int) -> str:
-        return f"{self._snapshot.where}/{shard_name(rank, self._snapshot.world_size)}"
+    def path(self, shard: int) -> str:
+        return f"{self._snapshot.where}/{self._snapshot.shards[shard].file}"
 
-    def __call__(self, rank: int, offset: int, into: memoryview) -> None:
-        path = self.path(rank)
+    def __call__(self, shard: int, offset: int, into: memoryview) -> None:
+        path = self.path(shard)
         try:
             retried(
                 lambda: self._filesystem.read_into(path, offset, into),
@@ -198,26 +198,26 @@ class ShardFetch:
                 remedy="use another checkpoint",
             ) from e
 
-    def staged(self, rank: int, pieces: Iterable[Piece]) -> Staged:
-        """A plan for reading pieces of the shard that `rank` wrote."""
-        return Staged(rank, pieces, block=self._snapshot.manifests[rank].shard.block)
+    def staged(self, shard: int, pieces: Iterable[Piece]) -> Staged:
+        """A plan for reading pieces of one shard."""
+        return Staged(shard, pieces, block=self._snapshot.shards[shard].block)
 
-    def piece(self, rank: int, piece: Piece) -> torch.Tensor:
+    def piece(self, shard: int, piece: Piece) -> torch.Tensor:
         """Read and prove some rows, with the blocks they lie in and nothing else."""
-        staged = self.staged(rank, [piece])
+        staged = self.staged(shard, [piece])
         buffer = torch.empty(staged.nbytes, dtype=torch.uint8)
-        staged.read(self, buffer, where=self.path(rank))
+        staged.read(self, buffer, where=self.path(shard))
         return staged.rows(piece)
 
-    def verify_header(self, rank: int) -> None:
+    def verify_header(self, shard: int) -> None:
         """Prove the shard's own header, which other tools read it by."""
-        shard = self._snapshot.manifests[rank].shard
-        data = bytearray(shard.header_nbytes)
-        self(rank, 0, memoryview(data))
-        if xxhash.xxh3_128_hexdigest(data) != shard.header_checksum:
+        info = self._snapshot.shards[shard]
+        data = bytearray(info.header_nbytes)
+        self(shard, 0, memoryview(data))
+        if xxhash.xxh3_128_hexdigest(data) != info.header_checksum:
             raise CorruptCheckpointError(
                 "the header of a shard is not the one that was written",
-                where=f"{self.path(rank)}, bytes 0 to {shard.header_nbytes}",
+                where=f"{self.path(shard)}, bytes 0 to {info.header_nbytes}",
                 why="its checksum does not match",
                 remedy="use an older checkpoint",
             )

@@ -38,6 +38,12 @@ class MemoryFilesystem:
         with self._lock:
             self.files[path] = data
 
+    def copy(self, source: str, path: str) -> None:
+        with self._lock:
+            if source not in self.files:
+                raise FileNotFoundError(source)
+            self.files[path] = self.files[source]
+
     def read_into(self, path: str, offset: int, buffer: memoryview) -> None:
         with self._lock:
             data = self.files.get(path)
@@ -69,13 +75,15 @@ class Operation:
     """One thing that was done to storage.
 
     Attributes:
-        kind: a file is created, gets a chunk, is complete; or is deleted.
+        kind: a file is created, gets a chunk, is complete; is copied; or is deleted.
         data: the chunk.
+        source: the file that was copied.
     """
 
-    kind: Literal["create", "append", "complete", "delete"]
+    kind: Literal["create", "append", "complete", "copy", "delete"]
     path: str
     data: bytes = b""
+    source: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +114,10 @@ class RecordingFilesystem:
         self._record(Operation(kind="create", path=path))
         self._filesystem.write(path, self._recorded(path, chunks))
         self._record(Operation(kind="complete", path=path))
+
+    def copy(self, source: str, path: str) -> None:
+        self._filesystem.copy(source, path)
+        self._record(Operation(kind="copy", path=path, source=source))
 
     def read_into(self, path: str, offset: int, buffer: memoryview) -> None:
         with self._lock:
@@ -169,6 +181,8 @@ def replay(
             growing[path] += data[: len(data) // 2] if torn and last else data
         elif operation.kind == "complete":
             files[path] = growing[path]
+        elif operation.kind == "copy":
+            files[path] = files[operation.source]
         else:
             files.pop(path, None)
     return MemoryFilesystem(files)
@@ -189,7 +203,7 @@ class Fault:
     """
 
     error: Exception
-    operation: Literal["write", "read_into", "list", "delete"] | None = None
+    operation: Literal["write", "copy", "read_into", "list", "delete"] | None = None
     path: str = "*"
     nth: int = 1
     times: int | None = 1
@@ -213,6 +227,10 @@ class FaultyFilesystem:
         if fault.after_chunks is not None:
             self._filesystem.write(path, islice(chunks, fault.after_chunks))
         raise fault.error
+
+    def copy(self, source: str, path: str) -> None:
+        self._raise("copy", path)
+        self._filesystem.copy(source, path)
 
     def read_into(self, path: str, offset: int, buffer: memoryview) -> None:
         self._raise("read_into", path)

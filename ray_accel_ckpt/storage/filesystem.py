@@ -1,4 +1,4 @@
-"""The one seam to where bytes lie: four operations on paths.
+"""The one seam to where bytes lie: five operations on paths.
 
 `LocalFilesystem` for disks, `ArrowFilesystem` for whatever pyarrow speaks (S3,
 GCS, HDFS, and any fsspec filesystem in pyarrow's wrapping). `storage.fakes` has
@@ -46,6 +46,15 @@ class Filesystem(Protocol):
         """
         ...
 
+    def copy(self, source: str, path: str) -> None:
+        """Make the file `path`, and the directories above it, of the bytes of the file `source`.
+
+        The bytes stay where they are: a hard link on disks, a copy by the server on
+        object stores. Neither file changes or goes with the other. Durable when it
+        returns. Where storage cannot do that, it raises, and nothing is there.
+        """
+        ...
+
     def read_into(self, path: str, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from `offset` on. Raises `EOFError` if the file is too short."""
         ...
@@ -59,6 +68,7 @@ class Filesystem(Protocol):
         ...
 
 
+@dataclass(frozen=True)
 class LocalFilesystem:
     """A disk of this machine or one that is mounted.
 
@@ -89,6 +99,14 @@ class LocalFilesystem:
             raise
         _fsync_directory(target.parent)
 
+    def copy(self, source: str, path: str) -> None:
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Tried again after an error that came too late: what is there is what is wanted.
+        target.unlink(missing_ok=True)
+        target.hardlink_to(source)
+        _fsync_directory(target.parent)
+
     def read_into(self, path: str, offset: int, buffer: memoryview) -> None:
         # Without O_NONBLOCK, a pipe under the name of a file would be waited for, for ever.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -117,11 +135,11 @@ class LocalFilesystem:
             target.unlink(missing_ok=True)
 
 
+@dataclass(frozen=True)
 class ArrowFilesystem:
     """Any `pyarrow.fs.FileSystem`. An object appears whole or not at all."""
 
-    def __init__(self, filesystem: pafs.FileSystem) -> None:
-        self.filesystem = filesystem
+    filesystem: pafs.FileSystem
 
     def write(self, path: str, chunks: Iterable[memoryview | bytes]) -> None:
         if _has_directories(self.filesystem):
@@ -131,6 +149,11 @@ class ArrowFilesystem:
         with self.filesystem.open_output_stream(path) as stream:
             for chunk in chunks:
                 stream.write(chunk)
+
+    def copy(self, source: str, path: str) -> None:
+        if _has_directories(self.filesystem):
+            self.filesystem.create_dir(path.rpartition("/")[0], recursive=True)
+        self.filesystem.copy_file(source, path)
 
     def read_into(self, path: str, offset: int, buffer: memoryview) -> None:
         with self.filesystem.open_input_file(path) as file:

@@ -65,12 +65,12 @@ class SavedCheckpoint:
             CorruptCheckpointError: naming the first file, tensor and byte range
                 that are not what was written.
         """
-        for manifest in self._snapshot.manifests:
-            self._fetch.verify_header(manifest.rank)
-            pieces = map(Piece.whole, manifest.slices)
-            staged = self._fetch.staged(manifest.rank, pieces)
-            staged.prove(self._fetch, where=self._fetch.path(manifest.rank))
-            self._snapshot.parts(manifest.rank)
+        for shard in self._snapshot.shards:
+            self._fetch.verify_header(shard)
+            staged = self._fetch.staged(shard, map(Piece.whole, self._snapshot.slices(shard)))
+            staged.prove(self._fetch, where=self._fetch.path(shard))
+        for rank in range(self.world_size):
+            self._snapshot.parts(rank)
 
 
 def open_checkpoint(checkpoint: Any) -> SavedCheckpoint:
@@ -185,4 +185,4 @@ def _lazy(value: Json, tensors: StoredTensors) -> Any:
 
 
 def _read(fetch: ShardFetch, located: Located) -> torch.Tensor:
-    return fetch.piece(located.rank, Piece.whole(located.info))
+    return fetch.piece(located.shard, Piece.whole(located.info))

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 
-from ray_accel_ckpt.errors import CheckpointError, CheckpointExistsError, StorageError
+from ray_accel_ckpt.errors import (
+    CheckpointError,
+    CheckpointExistsError,
+    StorageError,
+    StorageTimeoutError,
+)
 from ray_accel_ckpt.image import manifest as manifests
+from ray_accel_ckpt.image.frozen import Frozen
+from ray_accel_ckpt.image.hashing import shard_info
 from ray_accel_ckpt.image.image import Hashing, Image
-from ray_accel_ckpt.image.manifest import manifest_name, shard_name
+from ray_accel_ckpt.image.manifest import FrozenInfo, frozen_name, manifest_name, shard_name
 from ray_accel_ckpt.storage.access import listed
 from ray_accel_ckpt.storage.catalog import read_manifest
 from ray_accel_ckpt.storage.filesystem import Filesystem
 from ray_accel_ckpt.storage.retry import retried
+
+logger = logging.getLogger(__name__)
 
 
 def write_image(filesystem: Filesystem, directory: str, image: Image, *, timeout: float) -> None:
@@ -32,9 +42,44 @@ def write_image(filesystem: Filesystem, directory: str, image: Image, *, timeout
     hashing = Hashing(image)
     shard = f"{directory}/{shard_name(info.rank, info.world_size)}"
     write_file(filesystem, shard, hashing.chunks, what="write a shard", timeout=timeout)
-    data = manifests.encode(hashing.manifest())
+    frozen = None
+    if image.frozen is not None:
+        name = frozen_name(info.rank, info.world_size)
+        frozen = _write_frozen(filesystem, directory, name, image.frozen, timeout)
     manifest = f"{directory}/{manifest_name(info.rank, info.world_size)}"
+    data = manifests.encode(hashing.manifest(frozen))
     write_file(filesystem, manifest, lambda: [data], what="write a manifest", timeout=timeout)
+
+
+def _write_frozen(
+    filesystem: Filesystem, directory: str, name: str, frozen: Frozen, timeout: float
+) -> FrozenInfo:
+    """Link to the file of frozen tensors that was written before, or write one."""
+    path = f"{directory}/{name}"
+    shard = shard_info(name, frozen.layout)
+    known = frozen.known(filesystem, shard)
+    if known is not None and _copied(filesystem, known.path, path, timeout):
+        info = known.info
+    else:
+        file = frozen.file()
+        write_file(filesystem, path, file.chunks, what="write frozen tensors", timeout=timeout)
+        info = FrozenInfo(shard=shard, slices=file.slices())
+    frozen.durable(filesystem, path, info)
+    return info
+
+
+def _copied(filesystem: Filesystem, source: str, path: str, timeout: float) -> bool:
+    def copy() -> None:
+        filesystem.copy(source, path)
+
+    try:
+        retried(copy, what="link frozen tensors", where=path, timeout=timeout)
+    except StorageTimeoutError:
+        raise
+    except (StorageError, FileNotFoundError) as e:
+        logger.warning("writing frozen tensors in full: %s cannot be linked to: %s", source, e)
+        return False
+    return True
 
 
 def refuse_other_checkpoint(

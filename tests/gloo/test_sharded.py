@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from ray_accel_ckpt import Checkpointer, EverySteps, ProjectConfiguration, errors, open_checkpoint
-from ray_accel_ckpt.image import image as images
+from ray_accel_ckpt.image import hashing as images
 from ray_accel_ckpt.image.manifest import parse_name
 from ray_accel_ckpt.storage.catalog import open_snapshot
 from ray_accel_ckpt.storage.filesystem import ArrowFilesystem, LocalFilesystem

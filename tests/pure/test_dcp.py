@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from ray_accel_ckpt import Checkpointer, errors, open_checkpoint
-from ray_accel_ckpt.image import image as images
+from ray_accel_ckpt.image import hashing as images
 from ray_accel_ckpt.image.manifest import manifest_name
 from ray_accel_ckpt.integrations.dcp import CheckpointReader, from_dcp, to_dcp
 from ray_accel_ckpt.state.part import Captured, Scope

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ray_accel_ckpt.errors import CorruptCheckpointError, UnsupportedStateError
-from ray_accel_ckpt.image import image as images
+from ray_accel_ckpt.image import hashing as images
 from ray_accel_ckpt.image import manifest as manifests
 from ray_accel_ckpt.image.image import Hashing
 from ray_accel_ckpt.image.manifest import (
@@ -43,7 +43,7 @@ def expected_schema() -> dict[str, Any]:
     body = Manifest.model_json_schema()
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "manifest-RRRRR-of-WWWWW.json of ray_accel_ckpt, format version 2",
+        "title": "manifest-RRRRR-of-WWWWW.json of ray_accel_ckpt, format versions 2 and 3",
         "description": "One line, ended by a newline; `checksum` is xxh3-128 of the bytes of "
         "`body` as they stand in the file.",
         "type": "object",

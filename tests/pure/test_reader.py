@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ray_accel_ckpt.errors import CorruptCheckpointError, NotACheckpointError
-from ray_accel_ckpt.image import image as images
+from ray_accel_ckpt.image import hashing as images
 from ray_accel_ckpt.image import pieces
 from ray_accel_ckpt.image.image import Hashing, Image
 from ray_accel_ckpt.image.pieces import Piece, Staged
@@ -72,7 +72,7 @@ _tensors = st.dictionaries(
 def _whole(shards: Shards, name: str) -> torch.Tensor:
     found = []
     for piece in shards.snapshot.located(name, 0):
-        staged = shards.staged(piece.rank, {name})
+        staged = shards.staged(piece.shard, {name})
         found.append(staged.rows(Piece.whole(piece.info)))
     return torch.cat(found) if found[0].dim() else found[0]
 
@@ -157,7 +157,7 @@ def test_each_rank_sees_its_own_and_what_is_shared() -> None:
         assert set(parts) == {"model", "shared", "own"}
         assert parts["own"].value["rank"] == rank
         (piece,) = snapshot.located("own/noise", rank)
-        assert piece.rank == rank
+        assert piece.shard == rank
 
 
 def test_a_rank_the_checkpoint_does_not_know_sees_no_part_of_a_rank() -> None:
@@ -236,11 +236,11 @@ def test_each_rank_has_its_own_tensor_of_a_name() -> None:
         captured = part_of({"x": torch.zeros(4)}, scope=scope)
         shards = Shards([image_of(captured, rank=r, world_size=3) for r in range(3)])
         located = [shards.snapshot.located("part/x", rank) for rank in range(3)]
-        assert [piece.rank for (piece,) in located] == ranks
+        assert [piece.shard for (piece,) in located] == ranks
 
 
 def test_the_bytes_of_a_buffer_are_its_memory() -> None:
     buffer = torch.zeros(4, dtype=torch.uint8)
     view_of(buffer)[2] = 7
     assert buffer.tolist() == [0, 0, 7, 0]
-    assert isinstance(Located(rank=0, info=_small(1).manifests[0].slices[0]).rank, int)
+    assert isinstance(Located(shard=0, info=_small(1).manifests[0].slices[0]).shard, int)

@@ -75,6 +75,19 @@ def test_what_is_saved_can_be_opened(uri: Uri) -> None:
     assert all(torch.equal(found[n], t) for n, t in model.state_dict().items())
 
 
+def test_what_is_frozen_is_sent_once(uri: Uri, caplog: pytest.LogCaptureFixture) -> None:
+    ckpt = Checkpointer(storage_timeout=20.0)
+    model = ckpt.prepare(nn.Linear(600, 600).requires_grad_(False))
+    ckpt.save_state(uri("run/a"))
+    ckpt.save_state(uri("run/b"))
+    assert "in full" not in caplog.text
+    filesystem, path = resolve(uri("run/a"))
+    filesystem.delete(path)
+    saved = open_checkpoint(uri("run/b"))
+    saved.verify()
+    assert torch.equal(saved.state_dict("model")["weight"], model.weight)
+
+
 def test_a_damaged_byte_is_found(uri: Uri) -> None:
     _checkpointer(1)[0].save_state(uri("run/a"))
     filesystem, path = resolve(uri("run/a"))

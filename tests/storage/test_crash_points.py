@@ -9,7 +9,7 @@ from torch import nn
 
 from ray_accel_ckpt import Checkpointer, ProjectConfiguration
 from ray_accel_ckpt.errors import CheckpointError
-from ray_accel_ckpt.image import image as images
+from ray_accel_ckpt.image import hashing as images
 from ray_accel_ckpt.storage.fakes import (
     MemoryFilesystem,
     Operation,

@@ -97,6 +97,32 @@ def test_what_is_written_is_read(place: Place) -> None:
     assert _read(filesystem, f"{root}/a", 0, 11) == b"onetwothree"
 
 
+def test_a_copy_is_a_file_of_its_own(place: Place) -> None:
+    filesystem, root = place
+    filesystem.write(f"{root}/one/a", [b"bytes"])
+    filesystem.copy(f"{root}/one/a", f"{root}/two/b")
+    # Again, as after an error that came too late.
+    filesystem.copy(f"{root}/one/a", f"{root}/two/b")
+    filesystem.delete(f"{root}/one")
+    assert filesystem.list(f"{root}/two") == [Entry(name="b", nbytes=5)]
+    assert _read(filesystem, f"{root}/two/b", 0, 5) == b"bytes"
+
+
+def test_of_an_absent_file_there_is_no_copy(place: Place) -> None:
+    filesystem, root = place
+    filesystem.write(f"{root}/one/a", [b"bytes"])
+    with pytest.raises(OSError):
+        filesystem.copy(f"{root}/one/b", f"{root}/one/c")
+    assert [entry.name for entry in filesystem.list(f"{root}/one")] == ["a"]
+
+
+def test_on_a_disk_a_copy_takes_no_room(tmp_path: Path) -> None:
+    filesystem = LocalFilesystem()
+    filesystem.write(f"{tmp_path}/a", [b"bytes"])
+    filesystem.copy(f"{tmp_path}/a", f"{tmp_path}/b")
+    assert (tmp_path / "a").samefile(tmp_path / "b")
+
+
 def test_ranges_are_read(place: Place) -> None:
     filesystem, root = place
     data = bytes(range(200))

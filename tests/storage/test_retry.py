@@ -13,7 +13,7 @@ from torch import nn
 
 from ray_accel_ckpt import Checkpointer
 from ray_accel_ckpt.errors import StorageError, StorageTimeoutError
-from ray_accel_ckpt.image import image as images
+from ray_accel_ckpt.image import hashing as images
 from ray_accel_ckpt.storage.fakes import Fault, FaultyFilesystem, MemoryFilesystem
 from ray_accel_ckpt.storage.filesystem import Filesystem
 from ray_accel_ckpt.storage.retry import may_pass, retried

@@ -131,7 +131,7 @@ class CheckpointReader(StorageReader):
         start = tuple(a + b for a, b in zip(offsets, item.storage_offsets, strict=True))
         box = Box(start=start, size=tuple(item.lengths))
         piece = Piece.overlapping(located.info, box)
-        return _Wanted(item=item, shard=located.rank, box=box, piece=piece)
+        return _Wanted(item=item, shard=located.shard, box=box, piece=piece)
 
     def _read(self, batch: list[_Wanted], planner: LoadPlanner) -> None:
         shard = batch[0].shard
