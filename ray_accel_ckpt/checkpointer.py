@@ -59,9 +59,10 @@ class Checkpointer:
         slots: staging buffers on the host, each as large as this rank's share.
             A save waits when none is free.
         overlap: whether a save may go on copying parameters and optimizer state while the
-            next forward and backward run, until an optimizer steps. None: on an
-            accelerator. Whatever else writes them meanwhile makes a `TornSnapshotError`,
-            unless it writes around torch's count of versions, through ``tensor.data``.
+            next forward and backward run, until an optimizer steps. Whatever else writes
+            them meanwhile makes a `TornSnapshotError`, if torch counts the write. It does
+            not count what goes through ``tensor.data``, collectives, replayed CUDA graphs
+            and extensions: loops that write so must not overlap.
         storage_timeout: seconds that throttling, resets and 5xx are retried
             for, in the background, before the save fails.
         ddp_kwargs: passed to `DistributedDataParallel`.
@@ -78,7 +79,7 @@ class Checkpointer:
         scaler: torch.amp.GradScaler | None = None,
         seed: int | None = None,
         slots: int = 2,
-        overlap: bool | None = None,
+        overlap: bool = False,
         storage_timeout: float = 600.0,
         ddp_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
@@ -88,8 +89,8 @@ class Checkpointer:
             raise ConfigurationError(
                 f"storage_timeout must be positive seconds, not {storage_timeout!r}"
             )
-        if overlap not in (None, True, False):
-            raise ConfigurationError(f"overlap must be True, False or None, not {overlap!r}")
+        if not isinstance(overlap, bool):
+            raise ConfigurationError(f"overlap must be True or False, not {overlap!r}")
         self.scaler = scaler
         self.resumed_from: str | None = None
         self._policy = save
@@ -408,8 +409,10 @@ class Checkpointer:
             StorageError: what a save in the background failed with.
             TornSnapshotError: see `overlap`.
         """
-        self._slots.settle()
-        self._session.writer.flush()
+        try:
+            self._slots.settle()
+        finally:
+            self._session.writer.flush()
 
     # --- inside ------------------------------------------------------------------------
 
@@ -434,6 +437,7 @@ class Checkpointer:
         if sink is None:
             return ""
         self._slots.settle()
+        self._heartbeat.also_blocked(self._slots.take_waited())
         models = self._bundle.of_type(ModelPart)
         step, epoch = self._position()
         # What goes elsewhere takes other times, and nobody resumes from it.
@@ -448,7 +452,7 @@ class Checkpointer:
                 captured,
                 self._slots,
                 frozen=self._bundle.frozen(captured),
-                late=self._bundle.written_by_optimizers(captured) if self._overlaps() else (),
+                late=self._bundle.written_by_optimizers(captured) if self._overlap else {},
                 step=step,
                 epoch=epoch,
                 metrics=metrics,
@@ -457,9 +461,6 @@ class Checkpointer:
         if sink.of_run:
             self._saved_at = (step, epoch)
         return sink.path
-
-    def _overlaps(self) -> bool:
-        return self.device.type != "cpu" if self._overlap is None else self._overlap
 
     def _begin_life(
         self, filesystem: Filesystem, run: str, restored: Restored | None, registered: str | None

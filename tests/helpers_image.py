@@ -131,7 +131,7 @@ def image_of(
         layout=layout,
         data=data,
         parts=parts_of(captured, rank=rank),
-        wait=slot.wait,
+        wait=slot.copies.wait,
         frozen=FrozenShare().image(still, tensors) if frozen else None,
     )
 

@@ -9,9 +9,11 @@ copy-on-write as CheckFreq has it (Mohan et al., FAST 2021), with the wait at th
 
 from __future__ import annotations
 
+import functools
 import threading
+import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -31,15 +33,24 @@ _SMALL = 64 * 2**10
 
 @dataclass(frozen=True, kw_only=True)
 class Copy:
-    """One tensor's rows and their place in a slot."""
+    """One tensor's rows and their place in a slot.
+
+    Attributes:
+        watched: the live tensors that are written if the rows are: torch counts the
+            versions of each, not those of other views of the memory alone.
+    """
 
     name: str
     source: torch.Tensor
     target: torch.Tensor
+    watched: tuple[torch.Tensor, ...] = ()
 
     def run(self) -> None:
         with torch.no_grad():
             self.target.copy_(self.source, non_blocking=self.source.device.type in _STREAMED)
+
+    def versions(self) -> list[int]:
+        return [tensor._version for tensor in self.watched]
 
 
 class Copies:
@@ -51,45 +62,62 @@ class Copies:
         now: may be written by anyone as soon as this returns.
         later: are written by torch optimizers only, until `settle` has been called,
             which every torch optimizer's `step` does.
+
+    Attributes:
+        waited: seconds that `settle` kept its callers waiting.
     """
 
     def __init__(self, now: Sequence[Copy], later: Sequence[Copy] = ()) -> None:
+        self.waited = 0.0
         self._later = tuple(later)
-        self._versions = [copy.source._version for copy in self._later]
+        self._versions = [copy.versions() for copy in self._later]
+        self._settling = threading.Lock()
         self._lock = threading.Lock()
         self._changed: str | None = None
+        self._told = False
         self._judged = threading.Event()
-        self._settled = not later
-        if not later:
-            self._judged.set()
         self._lanes: list[_Lane] = []
+        try:
+            self._begin(now)
+        except BaseException:
+            self.finish()
+            raise
+        if later:
+            _settle_before_steps(self)
+        else:
+            self._judged.set()
+
+    def _begin(self, now: Sequence[Copy]) -> None:
         _run(now)
         self._lanes += [_Enqueued(device) for device in _devices(now)]
-        streamed = _devices(later)
-        self._lanes += [_Stream(device, _on(device, later)) for device in streamed]
-        host = [copy for copy in later if copy.source.device not in streamed]
+        streamed = _devices(self._later)
+        self._lanes += [_Stream(device, _on(device, self._later)) for device in streamed]
+        host = [copy for copy in self._later if copy.source.device not in streamed]
         if host:
             self._lanes.append(_Thread(host))
-        self._unhook = self._before_each_step() if later else None
+
+    @property
+    def under_way(self) -> bool:
+        return not all(lane.done() for lane in self._lanes)
 
     def settle(self) -> None:
         """Let anyone write the sources: writes on this thread come after the copies from here on.
 
-        Blocks until the host's are done; streams are told to wait, this thread does not.
+        Blocks until the host's are done; streams are told to wait, this thread does
+        not. May be called by several threads, each of which is about to write.
 
         Raises:
-            TornSnapshotError: a tensor of `later` was written before it was known to be copied.
+            TornSnapshotError: a tensor of `later` was written before it was known to be
+                copied. Told once: the save is given up, training may go on.
         """
-        if self._settled:
-            return
-        self._settled = True
-        if self._unhook is not None:
-            self._unhook()
-        self._judge(self._find_changed())
-        for lane in self._lanes:
-            lane.order()
-        self._later = ()
-        if self._changed is not None:
+        begun = time.monotonic()
+        with self._settling:
+            self._judge()
+            for lane in self._lanes:
+                lane.order()
+            told, self._told = self._told, True
+            self.waited += time.monotonic() - begun
+        if self._changed is not None and not told:
             raise _torn(self._changed)
 
     def wait(self) -> None:
@@ -98,38 +126,57 @@ class Copies:
         Raises:
             TornSnapshotError: and may not be what it was when the copies began.
         """
-        for lane in self._lanes:
-            lane.wait()
+        self.finish()
         # A version is counted when a write is through, not when it begins. The thread that writes
         # knows best; it is given the time that one write takes, and more.
         if not self._judged.wait(_ONE_WRITE):
-            self._judge(self._find_changed())
+            self._judge()
         if self._changed is not None:
             raise _torn(self._changed)
 
-    def _before_each_step(self) -> Callable[[], object]:
-        """Settle before any optimizer steps, as long as someone has this object."""
-        this = weakref.ref(self)
+    def finish(self) -> None:
+        """Block until no copy is under way, whatever one of them raises: memory is free then."""
+        errors = []
+        for lane in self._lanes:
+            try:
+                lane.wait()
+            except Exception as e:  # noqa: BLE001 - raised below
+                errors.append(e)
+        if errors:
+            raise errors[0]
 
-        def hook(*_: object) -> None:
-            copies = this()
-            if copies is not None:
-                copies.settle()
-
-        return weakref.finalize(self, register_optimizer_step_pre_hook(hook).remove)
-
-    def _judge(self, changed: str | None) -> None:
+    def _judge(self) -> None:
         """The first verdict counts: until then no write can have been in the copies' way."""
         with self._lock:
-            if not self._judged.is_set():
-                self._changed = changed
-                self._judged.set()
+            if self._judged.is_set():
+                return
+            for copy, versions in zip(self._later, self._versions, strict=True):
+                if copy.versions() != versions:
+                    self._changed = copy.name
+                    break
+            self._later = ()
+            self._judged.set()
 
-    def _find_changed(self) -> str | None:
-        for copy, version in zip(self._later, self._versions, strict=False):
-            if copy.source._version != version:
-                return copy.name
-        return None
+
+_UNSETTLED: weakref.WeakSet[Copies] = weakref.WeakSet()
+
+
+@functools.cache
+def _hook() -> None:
+    """One hook for good: one that came and went would do so while torch goes through its hooks."""
+
+    def settle(*_: object) -> None:
+        for copies in list(_UNSETTLED):
+            copies.settle()
+            if not copies.under_way:
+                _UNSETTLED.discard(copies)
+
+    register_optimizer_step_pre_hook(settle)
+
+
+def _settle_before_steps(copies: Copies) -> None:
+    _hook()
+    _UNSETTLED.add(copies)
 
 
 class _Lane(Protocol):
@@ -138,6 +185,8 @@ class _Lane(Protocol):
     def order(self) -> None:
         """Have this thread's writes come after them."""
         ...
+
+    def done(self) -> bool: ...
 
     def wait(self) -> None:
         """Block until they are done. Raises what one of them raised."""
@@ -158,6 +207,9 @@ class _Enqueued:
     def order(self) -> None:
         pass
 
+    def done(self) -> bool:
+        return bool(self._event.query())
+
     def wait(self) -> None:
         self._event.synchronize()
 
@@ -168,7 +220,7 @@ class _Stream:
     def __init__(self, device: torch.device, copies: Sequence[Copy]) -> None:
         self._device = device
         self._copies = copies  # their memory must not be freed meanwhile
-        stream: Any = torch.Stream(device)
+        stream = _copying_stream(device)
         # What was enqueued before is what is to be copied.
         stream.wait_stream(torch.accelerator.current_stream(device))
         with stream:
@@ -178,9 +230,17 @@ class _Stream:
     def order(self) -> None:
         torch.accelerator.current_stream(self._device).wait_event(self._event)
 
+    def done(self) -> bool:
+        return bool(self._event.query())
+
     def wait(self) -> None:
         self._event.synchronize()
         self._copies = ()
+
+
+@functools.cache
+def _copying_stream(device: torch.device) -> Any:
+    return torch.Stream(device)
 
 
 class _Thread:
@@ -188,20 +248,24 @@ class _Thread:
 
     def __init__(self, copies: Sequence[Copy]) -> None:
         pool = ThreadPoolExecutor(1, thread_name_prefix="ray_accel_ckpt-copy")
-        self._done = pool.submit(_run, copies)
+        self._copied = pool.submit(_run, copies)
         pool.shutdown(wait=False)
 
     def order(self) -> None:
-        wait([self._done])
+        wait([self._copied])
+
+    def done(self) -> bool:
+        return self._copied.done()
 
     def wait(self) -> None:
-        self._done.result()
+        self._copied.result()
 
 
-def may_be_late(source: torch.Tensor) -> bool:
+def may_be_late(source: torch.Tensor, watched: Sequence[torch.Tensor]) -> bool:
     """Whether a write would be seen, and it is large enough to gain by not being waited for."""
-    known = source.device.type in ("cpu", *_STREAMED) and not source.is_inference()
-    return known and source.nbytes >= _SMALL
+    if source.device.type not in ("cpu", *_STREAMED) or source.nbytes < _SMALL:
+        return False
+    return len(watched) > 0 and not any(tensor.is_inference() for tensor in watched)
 
 
 def _devices(copies: Sequence[Copy]) -> list[torch.device]:

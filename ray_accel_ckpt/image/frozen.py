@@ -147,7 +147,7 @@ class Frozen:
 
     def _wait(self) -> None:
         if self._slot is not None:
-            self._slot.wait()
+            self._slot.copies.wait()
 
     def _slices(self, data: memoryview) -> list[SliceInfo]:
         hashed = HashedFile(self.layout, data)

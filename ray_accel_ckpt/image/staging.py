@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
-from ray_accel_ckpt.errors import ConfigurationError, TornSnapshotError
+from ray_accel_ckpt.errors import ConfigurationError
 from ray_accel_ckpt.image.copies import Copies, Copy, may_be_late
 from ray_accel_ckpt.image.shard import Layout
 from ray_accel_ckpt.state.sharding import local
@@ -33,7 +34,9 @@ class Slot:
         if self._buffer.numel() < nbytes:
             # The old buffer goes first: two at once would break the memory bound.
             self._buffer = torch.empty(0, dtype=torch.uint8)
-            self._buffer = torch.empty(nbytes, dtype=torch.uint8, pin_memory=_pins())
+            # A save may come from inside an evaluation; the buffer is for all that follow.
+            with torch.inference_mode(False):
+                self._buffer = torch.empty(nbytes, dtype=torch.uint8, pin_memory=_pins())
         return self._buffer[:nbytes]
 
     def fill(
@@ -41,7 +44,7 @@ class Slot:
         layout: Layout,
         tensors: Mapping[str, torch.Tensor],
         *,
-        late: Collection[str] = (),
+        late: Mapping[str, Sequence[torch.Tensor]] = MappingProxyType({}),
     ) -> memoryview:
         """Copy the slices of `layout` into place: the bytes of the whole file, once `wait` returns.
 
@@ -49,7 +52,8 @@ class Slot:
         may be changed by the next step of a torch optimizer, or after `settle`.
 
         Args:
-            late: names of tensors that only torch optimizers write.
+            late: names of tensors that only torch optimizers write, and the live tensors
+                that are written if they are.
         """
         buffer = self.reserve(layout.nbytes)
         header = torch.frombuffer(bytearray(layout.header), dtype=torch.uint8)
@@ -64,8 +68,9 @@ class Slot:
             source = local(tensors[name])
             rows = source[piece.start : piece.stop] if piece.spec.shape else source
             target = buffer[placed.begin : placed.end].view(source.dtype).view(piece.box.size)
-            copies = later if name in late and may_be_late(rows) else at_once
-            copies.append(Copy(name=name, source=rows, target=target))
+            watched = tuple(late.get(name, ()))
+            copies = later if may_be_late(rows, watched) else at_once
+            copies.append(Copy(name=name, source=rows, target=target, watched=watched))
         self._copies = Copies(at_once, later)
         return bytes_of(buffer)
 
@@ -74,17 +79,26 @@ class Slot:
         if self._copies is not None:
             self._copies.settle()
 
-    def wait(self) -> None:
-        """Block until the bytes are in place. From any thread. Raises `TornSnapshotError`."""
-        if self._copies is not None:
-            self._copies.wait()
+    def take_waited(self) -> float:
+        if self._copies is None:
+            return 0.0
+        waited, self._copies.waited = self._copies.waited, 0.0
+        return waited
+
+    @property
+    def copies(self) -> Copies:
+        """Of the last `fill`."""
+        if self._copies is None:
+            raise RuntimeError("nothing has been filled in")
+        return self._copies
 
     def _finish(self) -> None:
         """Of a save that was dropped, copies may be under way still."""
-        self.settle()
-        with contextlib.suppress(TornSnapshotError):
-            self.wait()
-        self._copies = None
+        copies, self._copies = self._copies, None
+        if copies is not None:
+            # What went wrong with them was told to whoever writes that image.
+            with contextlib.suppress(Exception):
+                copies.finish()
 
 
 class SlotPool:
@@ -115,6 +129,10 @@ class SlotPool:
         """Let anyone change the tensors that are being saved. Raises `TornSnapshotError`."""
         for slot in self._slots:
             slot.settle()
+
+    def take_waited(self) -> float:
+        """Seconds that threads were kept waiting for copies, since this was last called."""
+        return sum(slot.take_waited() for slot in self._slots)
 
     def drain(self) -> None:
         """Wait until every slot is back."""

@@ -177,7 +177,7 @@ def _write_weights(
     tensors: Mapping[str, torch.Tensor],
 ) -> None:
     data = slot.fill(layout, tensors)
-    slot.wait()
+    slot.copies.wait()
     chunk = 8 * 2**20
     write_file(
         filesystem,

@@ -97,6 +97,11 @@ class Heartbeat:
         self._saving += blocked
         self._blocked.append(blocked)
 
+    def also_blocked(self, seconds: float) -> None:
+        """Of the last save that was measured: what it blocked after it had returned."""
+        if self._blocked:
+            self._blocked[-1] += seconds
+
     # --- one beat ----------------------------------------------------------------------
 
     def _tick(self, count: _Count) -> bool:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol
+
+import torch
 
 from ray_accel_ckpt.errors import StateMismatchError
 from ray_accel_ckpt.image import partition, shard
@@ -44,7 +46,7 @@ class Sink(Protocol):
         captured: Mapping[str, Captured],
         slots: SlotPool,
         *,
-        late: Collection[str],
+        late: Mapping[str, Sequence[torch.Tensor]],
         frozen: Collection[str],
         step: int,
         epoch: int,
@@ -54,7 +56,8 @@ class Sink(Protocol):
         """Freeze this rank's share and hand it on. When it returns, the state may change.
 
         Args:
-            late: names of tensors that only torch optimizers may change, until `slots.settle()`.
+            late: names of tensors that only torch optimizers may change until
+                `slots.settle()`, and the live tensors that are changed if they are.
             frozen: names of those that are not expected to have changed since the last save.
             durable: called, on another thread, once this rank's share is.
         """
@@ -99,7 +102,7 @@ class RaySink:
         captured: Mapping[str, Captured],
         slots: SlotPool,
         *,
-        late: Collection[str],
+        late: Mapping[str, Sequence[torch.Tensor]],
         frozen: Collection[str],
         step: int,
         epoch: int,
@@ -155,7 +158,7 @@ class DirectorySink:
         captured: Mapping[str, Captured],
         slots: SlotPool,
         *,
-        late: Collection[str],
+        late: Mapping[str, Sequence[torch.Tensor]],
         frozen: Collection[str],
         step: int,
         epoch: int,
@@ -164,6 +167,8 @@ class DirectorySink:
     ) -> None:
         del metrics  # Ray's; a directory has nobody to report them to
         session = self._session
+        # Before a slot is taken: whoever is told of an earlier failure may go on saving.
+        session.writer.raise_earlier()
         if not self._automatic:
             refuse_other_checkpoint(
                 self._filesystem,
@@ -207,7 +212,7 @@ def freeze(
     slots: SlotPool,
     session: Session,
     *,
-    late: Collection[str],
+    late: Mapping[str, Sequence[torch.Tensor]],
     frozen: Collection[str],
     save_id: str,
     step: int,
@@ -247,7 +252,12 @@ def freeze(
         parts = parts_of(captured, rank=rank)
         unchanging = session.frozen.image(shard.plan(still), tensors) if still else None
         image = Image(
-            info=info, layout=layout, data=data, parts=parts, wait=slot.wait, frozen=unchanging
+            info=info,
+            layout=layout,
+            data=data,
+            parts=parts,
+            wait=slot.copies.wait,
+            frozen=unchanging,
         )
         return image, slot
     except BaseException:

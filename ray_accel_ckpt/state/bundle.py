@@ -17,7 +17,7 @@ from ray_accel_ckpt.state.model import ModelPart
 from ray_accel_ckpt.state.optimizer import OptimizerPart
 from ray_accel_ckpt.state.part import Captured, Differences, Part, SavedPart, Scope
 from ray_accel_ckpt.state.parts import GradientPart, ObjectPart, RngPart, Stateful
-from ray_accel_ckpt.state.sharding import local
+from ray_accel_ckpt.state.sharding import is_sharded, local
 
 logger = logging.getLogger(__name__)
 P = TypeVar("P")
@@ -128,19 +128,26 @@ class StateBundle:
         captured[self.rng.name] = self.rng.capture()
         return captured
 
-    def written_by_optimizers(self, captured: Mapping[str, Captured]) -> frozenset[str]:
-        """Names of captured tensors that are a prepared optimizer's: parameters and their state.
+    def written_by_optimizers(
+        self, captured: Mapping[str, Captured]
+    ) -> dict[str, tuple[torch.Tensor, ...]]:
+        """Captured tensors that are a prepared optimizer's, by name: parameters and their state.
 
-        As far as anyone knows, nothing but its `step` writes them.
+        As far as anyone knows, nothing but its `step` writes them. With each come the
+        live tensors of its memory: a write counts in the one that it goes through.
         """
-        written = {_storage(t) for part in self.of_type(OptimizerPart) for t in part.written()}
-        return frozenset(
-            name
-            for part in captured.values()
-            if part.kind in (ModelPart.kind, OptimizerPart.kind)
-            for name, tensor in part.tensors.items()
+        written: dict[int, tuple[torch.Tensor, ...]] = {}
+        for part in self.of_type(OptimizerPart):
+            for tensor in part.written():
+                seen = (tensor, tensor._local_tensor) if is_sharded(tensor) else (tensor,)  # type: ignore[attr-defined]
+                written[_storage(tensor)] = (*written.get(_storage(tensor), ()), *seen)
+        return {
+            name: written[_storage(tensor)]
+            for each in captured.values()
+            if each.kind in (ModelPart.kind, OptimizerPart.kind)
+            for name, tensor in each.tensors.items()
             if _storage(tensor) in written
-        )
+        }
 
     def frozen(self, captured: Mapping[str, Captured]) -> frozenset[str]:
         """Names of parameters that are not trained, if they are worth a file of their own."""

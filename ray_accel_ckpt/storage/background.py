@@ -12,7 +12,7 @@ from ray_accel_ckpt.storage.writer import write_image
 
 
 class BackgroundWriter:
-    """Writes one image after the other. An error is kept and raised by the next call."""
+    """Writes one image after the other. An error is kept until it is asked for."""
 
     def __init__(self, *, timeout: float) -> None:
         self._timeout = timeout
@@ -34,11 +34,7 @@ class BackgroundWriter:
         Args:
             release: called when the image's memory is free again, on success or not.
             after: called when the image is durable.
-
-        Raises:
-            StorageError: what an earlier write failed with.
         """
-        self._raise_earlier()
 
         def write() -> None:
             try:
@@ -57,7 +53,8 @@ class BackgroundWriter:
         for future in pending:
             future.result()
 
-    def _raise_earlier(self) -> None:
+    def raise_earlier(self) -> None:
+        """Raise what an earlier write failed with, once."""
         with self._lock:
             done = [f for f in self._pending if f.done()]
             self._pending = [f for f in self._pending if not f.done()]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from ray_accel_ckpt import Checkpointer, EverySteps, ProjectConfiguration, errors, open_checkpoint
@@ -34,6 +35,9 @@ def _life(
 
     def on_step(step: int) -> None:
         if step == die_at:
+            # There has to be something to resume from, however slow the machine is.
+            ckpt.flush()
+            dist.barrier()
             os.kill(os.getpid(), signal.SIGKILL)
 
     copies._SMALL = 0

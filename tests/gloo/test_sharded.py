@@ -19,6 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from ray_accel_ckpt import Checkpointer, EverySteps, ProjectConfiguration, errors, open_checkpoint
+from ray_accel_ckpt.image import copies
 from ray_accel_ckpt.image import hashing as images
 from ray_accel_ckpt.image.manifest import parse_name
 from ray_accel_ckpt.storage.catalog import open_snapshot
@@ -37,10 +38,15 @@ def _sharded(model: nn.Module) -> nn.Module:
 def _life(rank: int, world_size: int, directory: Path, name: str, die_at: int) -> None:
     def on_step(step: int) -> None:
         if step == die_at:
+            # There has to be something to resume from, however slow the machine is.
+            ckpt.flush()
+            dist.barrier()
             os.kill(os.getpid(), signal.SIGKILL)
 
     project = ProjectConfiguration(directory / name, automatic_checkpoint_naming=True)
-    ckpt = Checkpointer(save=EverySteps(4), project_config=project)
+    overlap = name == "killed" and world_size == 3
+    copies._SMALL = 0
+    ckpt = Checkpointer(save=EverySteps(4), overlap=overlap, project_config=project)
     ended = train(ckpt, rank, on_step=on_step, shard=_sharded)
     write(directory / name / f"digest-{rank}", ended)
     write(directory / name / f"resumed-{rank}", str(ckpt.resumed_from))
@@ -48,7 +54,10 @@ def _life(rank: int, world_size: int, directory: Path, name: str, die_at: int) -
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_killed_workers_end_with_the_same_bits(tmp_path: Path, world_size: int) -> None:
-    """300 rows over 3 ranks, and 8: uneven shards; buffers are each rank's own."""
+    """300 rows over 3 ranks, and 8: uneven shards; buffers are each rank's own.
+
+    With 3, the copies go on beside training, which must not be seen.
+    """
     spawn(_life, world_size, tmp_path, "untouched", 0)
     for die_at in (6, 10):
         spawn(_life, world_size, tmp_path, "killed", die_at, kills=True)
@@ -59,6 +68,24 @@ def test_killed_workers_end_with_the_same_bits(tmp_path: Path, world_size: int) 
             (tmp_path / name / f"digest-{rank}").read_text() for name in ("killed", "untouched")
         ]
         assert ends[0] == ends[1]
+
+
+def _written_in_between(rank: int, world_size: int, directory: Path) -> None:
+    copies._SMALL = 0
+    for number, through in enumerate((lambda p: p, lambda p: p.to_local())):
+        model = _sharded(_network())
+        project = ProjectConfiguration(directory / str(number), automatic_checkpoint_naming=True)
+        ckpt = Checkpointer(save=EverySteps(1), overlap=True, project_config=project)
+        model, _ = ckpt.prepare(model, torch.optim.SGD(model.parameters()))
+        ckpt.step()
+        with torch.no_grad():
+            through(next(model.parameters())).mul_(7)
+        with pytest.raises(errors.TornSnapshotError, match="weight"):
+            ckpt.flush()
+
+
+def test_a_write_to_a_shard_in_between_is_seen(tmp_path: Path) -> None:
+    spawn(_written_in_between, 2, tmp_path)
 
 
 def _network() -> nn.Module:

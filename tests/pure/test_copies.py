@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.optim import optimizer as of_torch
 
-from ray_accel_ckpt import Checkpointer, EverySteps, ProjectConfiguration
+from ray_accel_ckpt import Checkpointer, EverySteps, ProjectConfiguration, open_checkpoint
 from ray_accel_ckpt.errors import ConfigurationError, TornSnapshotError
 from ray_accel_ckpt.image import copies as module
 from ray_accel_ckpt.image.copies import Copies, Copy, may_be_late
@@ -69,7 +69,7 @@ def _trained() -> tuple[list[nn.Parameter], torch.optim.Optimizer]:
 def _begin(parameters: list[nn.Parameter]) -> tuple[Copies, list[torch.Tensor]]:
     targets = [torch.zeros(5) for _ in parameters]
     late = [
-        Copy(name=str(i), source=p.detach(), target=t)
+        Copy(name=str(i), source=p.detach(), target=t, watched=(p,))
         for i, (p, t) in enumerate(zip(parameters, targets, strict=True))
     ]
     return Copies([], late), targets
@@ -162,22 +162,56 @@ def test_without_another_step_a_save_is_through_all_the_same(
     begun.settle()
 
 
+@pytest.mark.parametrize("gate", [1], indirect=True)
+def test_each_of_several_threads_waits(gate: Gate) -> None:
+    """As with optimizers in backward: each device has a thread of its own."""
+    parameters, _ = _trained()
+    optimizers = [torch.optim.SGD([p], lr=1.0) for p in parameters]
+    before = [p.detach().clone() for p in parameters]
+    begun, targets = _begin(parameters)
+    assert gate.reached.wait(PATIENCE)
+    stepping = [threading.Thread(target=optimizer.step) for optimizer in optimizers]
+    for thread in stepping:
+        thread.start()
+    for thread in stepping:
+        thread.join(0.05)
+        assert thread.is_alive()
+    gate.open()
+    for thread in stepping:
+        thread.join()
+    begun.wait()
+    assert all(map(torch.equal, targets, before))
+
+
+def test_hooks_of_others_are_left_alone() -> None:
+    """Two saves at once, and a hook that was made after them."""
+    parameters, optimizer = _trained()
+    begun = [_begin(parameters)[0] for _ in range(2)]
+    called = []
+    hook = of_torch.register_optimizer_step_pre_hook(lambda *_: called.append(1))
+    optimizer.step()
+    hook.remove()
+    assert called == [1]
+    for each in begun:
+        each.wait()
+
+
 def test_an_optimizer_that_steps_again_waits_for_nothing() -> None:
-    hooks = of_torch._global_optimizer_pre_hooks
+    gc.collect()
     parameters, optimizer = _trained()
     begun, _ = _begin(parameters)
-    assert len(hooks) == 1
+    assert [*module._UNSETTLED] == [begun]
     optimizer.step()
-    assert len(hooks) == 0
+    assert [*module._UNSETTLED] == []
     begun, _ = _begin(parameters)
-    assert len(hooks) == 1
     del begun
     gc.collect()
-    assert len(hooks) == 0
+    assert [*module._UNSETTLED] == []
 
 
 def test_an_error_of_a_copy_is_told_to_who_waits() -> None:
-    copy = Copy(name="x", source=torch.zeros(3), target=torch.zeros(4))
+    source = torch.zeros(3)
+    copy = Copy(name="x", source=source, target=torch.zeros(4), watched=(source,))
     begun = Copies([], [copy])
     begun.settle()
     with pytest.raises(RuntimeError, match="size"):
@@ -185,10 +219,12 @@ def test_an_error_of_a_copy_is_told_to_who_waits() -> None:
 
 
 def test_small_tensors_and_those_without_versions_are_not_late() -> None:
-    assert may_be_late(torch.zeros(2**14))
-    assert not may_be_late(torch.zeros(2**14 - 1))
+    large = torch.zeros(2**14)
+    assert may_be_late(large, [large])
+    assert not may_be_late(large, [])
+    assert not may_be_late(large[1:], [large])
     with torch.inference_mode():
-        assert not may_be_late(torch.zeros(2**14))
+        assert not may_be_late(large, [torch.zeros(2**14)])
 
 
 @pytest.mark.parametrize("gate", [0], indirect=True)
@@ -196,7 +232,7 @@ def test_a_slot_is_not_used_again_before_its_copies_are_done(gate: Gate) -> None
     """As when Ray drops a report without uploading it."""
     slot, tensor = Slot(), torch.arange(2.0**15)
     image = image_of(part_of({"x": tensor}))
-    slot.fill(image.layout, {"part/x": tensor}, late={"part/x"})
+    slot.fill(image.layout, {"part/x": tensor}, late={"part/x": (tensor,)})
     assert gate.reached.wait(PATIENCE)
     got: list[torch.Tensor] = []
     again = threading.Thread(target=lambda: got.append(slot.reserve(10)))
@@ -211,9 +247,9 @@ def test_a_slot_is_not_used_again_before_its_copies_are_done(gate: Gate) -> None
 def test_nothing_is_written_of_a_torn_image() -> None:
     storage, slot, tensor = MemoryFilesystem(), Slot(), torch.arange(2.0**15)
     image = image_of(part_of({"x": tensor}))
-    data = slot.fill(image.layout, {"part/x": tensor}, late={"part/x"})
+    data = slot.fill(image.layout, {"part/x": tensor}, late={"part/x": (tensor,)})
     tensor.add_(1)
-    torn = replace(image, data=data, wait=slot.wait)
+    torn = replace(image, data=data, wait=slot.copies.wait)
     with pytest.raises(TornSnapshotError):
         slot.settle()
     with pytest.raises(TornSnapshotError):
@@ -236,10 +272,20 @@ def test_late_is_what_prepared_optimizers_hold() -> None:
     captured = bundle.capture(with_gradients=True)
     parameters = [name for name, _ in model.named_parameters()]
     moments = ("exp_avg", "exp_avg_sq", "step")
-    assert bundle.written_by_optimizers(captured) == {
+    assert set(bundle.written_by_optimizers(captured)) == {
         *(f"model/{name}" for name in parameters),
         *(f"optimizer/state/model.{name}/{moment}" for name in parameters for moment in moments),
     }
+
+
+def _project(directory: Path) -> ProjectConfiguration:
+    return ProjectConfiguration(directory, automatic_checkpoint_naming=True)
+
+
+def _other() -> Checkpointer:
+    ckpt = Checkpointer()
+    ckpt.prepare(nn.Linear(3, 3))
+    return ckpt
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -247,11 +293,7 @@ def test_a_checkpointer_tells_who_wrote_in_between(
     tmp_path: Path, overlap: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_SMALL", 0)
-    ckpt = Checkpointer(
-        save=EverySteps(1),
-        overlap=overlap,
-        project_config=ProjectConfiguration(tmp_path, automatic_checkpoint_naming=True),
-    )
+    ckpt = Checkpointer(save=EverySteps(1), overlap=overlap, project_config=_project(tmp_path))
     bare = nn.Linear(3, 3)
     model, optimizer = ckpt.prepare(bare, torch.optim.SGD(bare.parameters()))
     model(torch.ones(3)).sum().backward()
@@ -269,6 +311,66 @@ def test_a_checkpointer_tells_who_wrote_in_between(
         ckpt.flush()
 
 
-def test_overlap_is_yes_no_or_none() -> None:
+@pytest.mark.parametrize("gate", [0], indirect=True)
+def test_loading_waits_for_the_copies(
+    tmp_path: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_SMALL", 0)
+    ckpt = Checkpointer(overlap=True, save=EverySteps(2), project_config=_project(tmp_path))
+    bare = nn.Linear(3, 3)
+    model, _ = ckpt.prepare(bare, torch.optim.SGD(bare.parameters()))
+    _other().save_state(tmp_path / "zero")
+    with torch.no_grad():
+        model.weight.fill_(1)
+    ckpt.step()
+    ckpt.step()
+    assert gate.reached.wait(PATIENCE)
+    loading = threading.Thread(target=lambda: ckpt.load_state(tmp_path / "zero", parts=("model",)))
+    loading.start()
+    loading.join(0.05)
+    assert loading.is_alive()
+    gate.open()
+    loading.join()
+    ckpt.flush()
+    saved = open_checkpoint(tmp_path / "checkpoints" / "checkpoint_0").state_dict("model")
+    assert torch.equal(saved["weight"], torch.ones(3, 3))
+
+
+def test_a_save_that_was_given_up_takes_no_slot_for_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_SMALL", 0)
+    ckpt = Checkpointer(
+        overlap=True, slots=1, save=EverySteps(1), project_config=_project(tmp_path)
+    )
+    bare = nn.Linear(3, 3)
+    model, optimizer = ckpt.prepare(bare, torch.optim.SGD(bare.parameters()))
+    model(torch.ones(3)).sum().backward()
+    ckpt.step()
+    with torch.no_grad():
+        model.weight.fill_(1)
+    with pytest.raises(TornSnapshotError):
+        optimizer.step()
+    # Until the thread that writes has given up, too.
+    ckpt._session.writer._pool.submit(lambda: None).result()
+    with pytest.raises(TornSnapshotError):
+        ckpt.step()
+    for _ in range(3):
+        optimizer.step()
+        ckpt.step()
+    ckpt.flush()
+    assert open_checkpoint(tmp_path / "checkpoints" / "checkpoint_4").step == 5
+
+
+def test_a_first_save_inside_an_evaluation_spoils_no_later_one(tmp_path: Path) -> None:
+    ckpt = Checkpointer()
+    model = ckpt.prepare(nn.Linear(3, 3))
+    with torch.inference_mode():
+        ckpt.save_state(tmp_path / "a")
+    ckpt.save_state(tmp_path / "b")
+    assert torch.equal(open_checkpoint(tmp_path / "b").state_dict("model")["bias"], model.bias)
+
+
+def test_overlap_is_yes_or_no() -> None:
     with pytest.raises(ConfigurationError, match="overlap"):
         Checkpointer(overlap="yes")  # type: ignore[arg-type]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -41,21 +40,21 @@ def test_the_first_error_is_raised_though_a_later_item_failed_earlier() -> None:
 
 
 def test_after_an_error_what_has_not_begun_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    begun, ended = [], threading.Event()
+    begun: list[int] = []
+    failed: list[threading.Event] = []
 
-    class Pool(ThreadPoolExecutor):
-        def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-            super().shutdown(wait=False, cancel_futures=cancel_futures)
-            ended.set()
-            super().shutdown(wait=wait)
+    class Flag(threading.Event):
+        def __init__(self) -> None:
+            super().__init__()
+            failed.append(self)
 
     def work(item: int) -> None:
         begun.append(item)
         if item == 0:
             raise ValueError(item)
-        assert ended.wait(timeout=60)
+        assert failed[0].wait(timeout=60)
 
-    monkeypatch.setattr(threads, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(threads, "Event", Flag)
     with pytest.raises(ValueError, match="0"):
         for_each(work, range(50 * THREADS))
     assert len(begun) < 50 * THREADS

@@ -93,7 +93,7 @@ def from_dcp(
     slot = Slot()
     data = slot.fill(layout, tensors)
     parts = parts_of(captured, rank=0)
-    image = Image(info=info, layout=layout, data=data, parts=parts, wait=slot.wait)
+    image = Image(info=info, layout=layout, data=data, parts=parts, wait=slot.copies.wait)
     write_image(filesystem, directory, image, timeout=_TIMEOUT)
     return directory
 
