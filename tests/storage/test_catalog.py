@@ -25,7 +25,7 @@ SHARD = "shard-00000-of-00001.safetensors"
 
 
 def _newer_format(body: dict[str, Any]) -> None:
-    body.update(version=3, members_of_tomorrow={})
+    body.update(version=4, members_of_tomorrow={})
 
 
 def _edit(memory: MemoryFilesystem, number: int, change: Callable[[dict[str, Any]], None]) -> None:
@@ -133,7 +133,7 @@ def test_something_that_cannot_be_opened() -> None:
 def test_a_newer_format_is_not_read(memory: MemoryFilesystem) -> None:
     save(memory, 1)
     _edit(memory, 1, _newer_format)
-    with pytest.raises(FormatVersionError, match="format version 3") as caught:
+    with pytest.raises(FormatVersionError, match="format version 4") as caught:
         open_snapshot(memory, f"{RUN}/checkpoint_1")
     assert "upgrade" in caught.value.remedy
 
