@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
-import platform
 import random
 import shutil
 import socket
@@ -34,10 +33,10 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks.common import WIDTH, machine, network, spread
 from ray_accel_ckpt import Checkpointer, EverySteps, ProjectConfiguration
 
 WORLD_SIZE = 2
-WIDTH = 512
 
 # Begins a save into a directory. When it returns, training would go on; what it
 # returns is called to wait for the rest.
@@ -63,21 +62,9 @@ class Training:
     optimizer: torch.optim.Optimizer
 
 
-class Layer(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + torch.tanh(self.linear(x)) / 16
-
-
 def train(megabytes: float, directory: Path) -> Training:
-    """A model of about a third of `megabytes`; with Adam's two moments it is all of it."""
     torch.manual_seed(0)
-    layer_nbytes = 3 * 4 * (WIDTH * WIDTH + WIDTH)
-    layers = max(1, round(megabytes * 1e6 / layer_nbytes))
-    bare = nn.Sequential(*(Layer() for _ in range(layers)))
+    bare = network(megabytes)
     ckpt = Checkpointer(
         save=EverySteps(1),
         project_config=ProjectConfiguration(directory, automatic_checkpoint_naming=True),
@@ -271,22 +258,6 @@ def print_table(methods: list[Method], found: dict[str, list[Measured]]) -> None
         print("Accelerate is not installed: left out")
 
 
-def spread(seconds: list[float]) -> str:
-    low, high = min(seconds) * 1000, max(seconds) * 1000
-    return f"{statistics.median(seconds) * 1000:.1f} ({low:.1f}-{high:.1f})"
-
-
-def filesystem_type(directory: Path) -> str:
-    """What the mount that `directory` lies on is, by /proc/mounts."""
-    where = directory.resolve()
-    best, kind = Path("/"), "unknown"
-    for line in Path("/proc/mounts").read_text().splitlines():
-        mounted = Path(line.split()[1].replace("\\040", " "))
-        if where.is_relative_to(mounted) and len(mounted.parts) >= len(best.parts):
-            best, kind = mounted, line.split()[2]
-    return kind
-
-
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -307,8 +278,7 @@ def main() -> None:
     os.makedirs(parent, exist_ok=True)
     args.directory = tempfile.mkdtemp(prefix="save_stall-", dir=parent)
     print(
-        f"{os.cpu_count()} cores ({platform.machine()}), torch {torch.__version__}, "
-        f"filesystem {filesystem_type(Path(args.directory))}; {WORLD_SIZE} processes, "
+        f"{machine(Path(args.directory))}; {WORLD_SIZE} processes, "
         f"{args.megabytes:g} MB of parameters and Adam's state, {args.rounds} rounds",
         flush=True,
     )

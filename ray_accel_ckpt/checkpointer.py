@@ -161,6 +161,10 @@ class Checkpointer:
         Optimizers go through the scaler if there is one. Anything else is
         returned as it is. Collective when there are peers.
 
+        A model built on the meta device gets memory here, and first values from its
+        modules' `reset_parameters`. What has none must be loaded before it is used;
+        parameters keep their identity, so the optimizer may be made before.
+
         Args:
             global_batch_size: samples of one batch over all workers, for the
                 loaders among `objects`, however many workers there are. Their

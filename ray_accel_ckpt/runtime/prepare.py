@@ -20,6 +20,7 @@ from ray_accel_ckpt.runtime.session import Session
 from ray_accel_ckpt.state.bundle import StateBundle
 from ray_accel_ckpt.state.dealing import require_by_index
 from ray_accel_ckpt.state.loader import PreparedLoader
+from ray_accel_ckpt.state.materialise import materialise
 from ray_accel_ckpt.state.model import ModelPart
 from ray_accel_ckpt.state.optimizer import OptimizerPart
 from ray_accel_ckpt.state.sharding import held, is_sharded, reshard
@@ -94,11 +95,14 @@ class Preparer:
         if self._is_prepared(obj):
             return obj
         if isinstance(obj, nn.Module):
+            unset = materialise(obj, self.device)
             model = prepare_model(
                 obj, self.device, world_size=group.world_size, ddp_kwargs=self._ddp_kwargs
             )
             model.register_forward_pre_hook(self.window)
-            self._bundle.add_model(model)
+            if unset.names:
+                model.register_forward_pre_hook(unset)
+            self._bundle.add_model(model, unset)
             return model
         if isinstance(obj, Optimizer):
             prepared = prepare_optimizer(obj, self._scaler, self.window.closer())

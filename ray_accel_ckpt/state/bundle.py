@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from ray_accel_ckpt.errors import ConfigurationError, StateMismatchError
 from ray_accel_ckpt.state.loader import PreparedLoader
+from ray_accel_ckpt.state.materialise import Unset
 from ray_accel_ckpt.state.model import ModelPart
 from ray_accel_ckpt.state.optimizer import OptimizerPart
 from ray_accel_ckpt.state.part import Captured, Differences, Part, SavedPart, Scope
@@ -67,8 +68,8 @@ class StateBundle:
             )
         self._parts[part.name] = part
 
-    def add_model(self, model: nn.Module) -> None:
-        self.add(ModelPart(self._numbered("model"), model))
+    def add_model(self, model: nn.Module, unset: Unset | None = None) -> None:
+        self.add(ModelPart(self._numbered("model"), model, unset))
 
     def add_optimizer(self, optimizer: Optimizer) -> None:
         self.add(OptimizerPart(self._numbered("optimizer"), optimizer, self._index, self._own))
@@ -115,6 +116,7 @@ class StateBundle:
         captured: dict[str, Captured] = {}
         for part in self._parts.values():
             if isinstance(part, ModelPart):
+                part.unset.require_none()
                 if weights is None or part.name in weights:
                     captured[part.name] = part.capture(weights and weights[part.name])
             elif isinstance(part, PreparedLoader):

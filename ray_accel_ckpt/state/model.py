@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ray_accel_ckpt.errors import UnsupportedStateError
+from ray_accel_ckpt.state.materialise import Unset
 from ray_accel_ckpt.state.part import Captured, Differences, SavedPart, Scope, require
 from ray_accel_ckpt.state.sharding import has_unreduced_gradients, is_sharded, reshard
 from ray_accel_ckpt.state.tree import encoded_items, flatten, same_view, tensor_ref
@@ -29,12 +30,17 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 class ModelPart:
-    """Names are those of the unwrapped module's `state_dict()`; copies go in place."""
+    """Names are those of the unwrapped module's `state_dict()`; copies go in place.
+
+    Args:
+        unset: what has no values until it is loaded.
+    """
 
     kind = "model"
 
-    def __init__(self, name: str, model: nn.Module) -> None:
+    def __init__(self, name: str, model: nn.Module, unset: Unset | None = None) -> None:
         self.name = name
+        self.unset = unset or Unset()
         self.model = model
         self.module = unwrap(model)
 
@@ -109,6 +115,7 @@ class ModelPart:
 
     def apply(self, state: Any) -> None:
         live = self.module.state_dict()
+        self.unset.names.difference_update(state)
         with torch.no_grad():
             for name, saved in state.items():
                 if _is_extra(name):

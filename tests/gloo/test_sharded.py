@@ -88,6 +88,23 @@ def test_a_write_to_a_shard_in_between_is_seen(tmp_path: Path) -> None:
     spawn(_written_in_between, 2, tmp_path)
 
 
+def _from_meta(rank: int, world_size: int, directory: Path) -> None:
+    ckpt, model, _ = _made(_sharded(_network()))
+    ckpt.save_state(directory / "a")
+    with torch.device("meta"):
+        other = _network()
+    ckpt, other, optimizer = _made(_sharded(other))
+    assert ckpt.load_state(directory / "a")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(other.state_dict()[name].full_tensor(), tensor.full_tensor())
+    other(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+
+
+def test_shards_on_the_meta_device_are_filled(tmp_path: Path) -> None:
+    spawn(_from_meta, 2, tmp_path)
+
+
 def _network() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 4))

@@ -1,0 +1,71 @@
+"""What saving and loading take of a process's memory at most, as the kernel counts it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SHARE = 64 * 2**20
+"""Bytes of the model: large beside what else comes and goes."""
+ROOM = SHARE // 2
+
+_SCRIPT = """
+import resource, sys
+import torch
+from torch import nn
+from ray_accel_ckpt import Checkpointer, EverySteps, ProjectConfiguration
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+what, slots, directory = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+model = nn.Linear(4096, 4096, bias=False)
+project = ProjectConfiguration(directory, automatic_checkpoint_naming=True)
+ckpt = Checkpointer(
+    slots=slots, overlap=what == "overlap", save=EverySteps(1), project_config=project
+)
+model, optimizer = ckpt.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+# What is imported late, and threads that are started once, is not what is measured.
+Checkpointer().save_state(f"{directory}/{what}")
+before = peak()
+if what == "load":
+    ckpt.load_state()
+else:
+    for _ in range(3):
+        ckpt.step()
+    ckpt.flush()
+print(peak() - before)
+"""
+
+
+def _peak(what: str, slots: int, directory: Path) -> int:
+    command = [sys.executable, "-c", _SCRIPT, what, str(slots), str(directory)]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    return int(ran.stdout)
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    """In memory, but not in the process's: a disk would make the test slow and show nothing."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
+        yield Path(directory)
+
+
+@pytest.mark.parametrize(("what", "slots"), [("save", 1), ("save", 2), ("overlap", 2)])
+def test_saving_takes_its_slots_and_no_more(directory: Path, what: str, slots: int) -> None:
+    taken = _peak(what, slots, directory)
+    assert taken < slots * SHARE + ROOM
+    # Else what is measured is not what saving takes.
+    assert taken > SHARE
+
+
+def test_loading_takes_one_slot_and_no_more(directory: Path) -> None:
+    _peak("save", 1, directory)
+    taken = _peak("load", 2, directory)
+    assert SHARE < taken < SHARE + ROOM
