@@ -132,7 +132,7 @@ def image_of(
         data=data,
         parts=parts_of(captured, rank=rank),
         wait=slot.copies.wait,
-        frozen=FrozenShare().image(still, tensors) if frozen else None,
+        frozen=FrozenShare().image(still, tensors, lasting=True) if frozen else None,
     )
 
 

@@ -159,6 +159,7 @@ class Copies:
 
 
 _UNSETTLED: weakref.WeakSet[Copies] = weakref.WeakSet()
+_UNSETTLED_LOCK = threading.Lock()
 
 
 @functools.cache
@@ -166,17 +167,21 @@ def _hook() -> None:
     """One hook for good: one that came and went would do so while torch goes through its hooks."""
 
     def settle(*_: object) -> None:
-        for copies in list(_UNSETTLED):
+        with _UNSETTLED_LOCK:
+            under_way = list(_UNSETTLED)
+        for copies in under_way:
             copies.settle()
             if not copies.under_way:
-                _UNSETTLED.discard(copies)
+                with _UNSETTLED_LOCK:
+                    _UNSETTLED.discard(copies)
 
     register_optimizer_step_pre_hook(settle)
 
 
 def _settle_before_steps(copies: Copies) -> None:
     _hook()
-    _UNSETTLED.add(copies)
+    with _UNSETTLED_LOCK:
+        _UNSETTLED.add(copies)
 
 
 class _Lane(Protocol):

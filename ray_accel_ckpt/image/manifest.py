@@ -202,6 +202,8 @@ def decode(data: bytes, where: str) -> Manifest:
                 where=where,
                 remedy="upgrade ray_accel_ckpt to read it",
             )
+        if version < 3 and "frozen" in raw:
+            raise ValueError("a member of version 3")
         manifest = Manifest.model_validate(_from_version_1(raw) if version == 1 else raw)
     except (
         *(ValidationError, ValueError, RecursionError, MemoryError),

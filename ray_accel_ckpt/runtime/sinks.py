@@ -116,6 +116,7 @@ class RaySink:
             self._session,
             late=late,
             frozen=frozen,
+            lasting=self.of_run,
             save_id=self._save_id,
             step=step,
             epoch=epoch,
@@ -183,6 +184,7 @@ class DirectorySink:
             session,
             late=late,
             frozen=frozen,
+            lasting=self.of_run,
             save_id=self._save_id,
             step=step,
             epoch=epoch,
@@ -214,6 +216,7 @@ def freeze(
     *,
     late: Mapping[str, Sequence[torch.Tensor]],
     frozen: Collection[str],
+    lasting: bool,
     save_id: str,
     step: int,
     epoch: int,
@@ -250,7 +253,9 @@ def freeze(
     try:
         data = slot.fill(layout, tensors, late=late)
         parts = parts_of(captured, rank=rank)
-        unchanging = session.frozen.image(shard.plan(still), tensors) if still else None
+        unchanging = None
+        if still:
+            unchanging = session.frozen.image(shard.plan(still), tensors, lasting=lasting)
         image = Image(
             info=info,
             layout=layout,

@@ -148,20 +148,18 @@ class StateBundle:
             for each in captured.values()
             if each.kind in (ModelPart.kind, OptimizerPart.kind)
             for name, tensor in each.tensors.items()
-            if _storage(tensor) in written
+            if _storage(tensor) in written and _storage(tensor)
         }
 
     def frozen(self, captured: Mapping[str, Captured]) -> frozenset[str]:
         """Names of parameters that are not trained, if they are worth a file of their own."""
-        parameters = [p for part in self.of_type(ModelPart) for _, p in part.named_parameters()]
-        trained = {_storage(p) for p in parameters if p.requires_grad}
-        still = {_storage(p) for p in parameters} - trained
+        # By name, which is the same on all ranks; that they are unchanged is proved elsewhere.
         found = {
-            name: tensor
-            for part in captured.values()
-            if part.kind == ModelPart.kind
-            for name, tensor in part.tensors.items()
-            if _storage(tensor) in still and part.scopes[name] is not Scope.PER_RANK
+            name: captured[part.name].tensors[name]
+            for part in self.of_type(ModelPart)
+            if part.name in captured
+            for name in part.frozen() & captured[part.name].tensors.keys()
+            if captured[part.name].scopes[name] is not Scope.PER_RANK
         }
         # By what all hold together, so that the ranks agree.
         worth = sum(tensor.nbytes for tensor in found.values()) >= _WORTH_A_FILE
@@ -273,7 +271,12 @@ class StateBundle:
 
 
 def _storage(tensor: torch.Tensor) -> int:
-    return local(tensor).untyped_storage().data_ptr()
+    """What tensors of one memory have in common; 0 for those that have none."""
+    try:
+        return local(tensor).untyped_storage().data_ptr()
+    except RuntimeError:
+        # Subclasses that only wrap others.
+        return 0
 
 
 def _fits(part: Part, stored: SavedPart) -> bool:

@@ -151,6 +151,12 @@ class ModelPart:
         reshard(self.module)
         yield from self.module.named_parameters()
 
+    def frozen(self) -> set[str]:
+        """Stored names of parameters that are not trained."""
+        reshard(self.module)
+        parameters = self.module.named_parameters(remove_duplicate=False)
+        return {f"{self.name}/{name}" for name, p in parameters if not p.requires_grad}
+
     def require_reduced_gradients(self) -> None:
         """Raise `UnsupportedStateError` if gradients wait where no state can hold them."""
         if has_unreduced_gradients(self.module):

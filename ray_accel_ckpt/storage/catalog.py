@@ -17,7 +17,7 @@ import xxhash
 
 from ray_accel_ckpt.errors import CorruptCheckpointError, NotACheckpointError
 from ray_accel_ckpt.image import manifest as manifests
-from ray_accel_ckpt.image.manifest import Manifest, manifest_name
+from ray_accel_ckpt.image.manifest import Manifest, ShardInfo, SliceInfo, manifest_name
 from ray_accel_ckpt.image.pieces import Piece, Staged
 from ray_accel_ckpt.image.reader import Snapshot
 from ray_accel_ckpt.storage.access import READ_TIMEOUT, listed, read_file
@@ -182,21 +182,7 @@ class ShardFetch:
         return f"{self._snapshot.where}/{self._snapshot.shards[shard].file}"
 
     def __call__(self, shard: int, offset: int, into: memoryview) -> None:
-        path = self.path(shard)
-        try:
-            retried(
-                lambda: self._filesystem.read_into(path, offset, into),
-                what="read a shard",
-                where=path,
-                timeout=self._timeout,
-            )
-        except (FileNotFoundError, EOFError) as e:
-            raise CorruptCheckpointError(
-                "a shard is not there in full",
-                where=path,
-                why=str(e),
-                remedy="use another checkpoint",
-            ) from e
+        _read_range(self._filesystem, self.path(shard), offset, into, self._timeout)
 
     def staged(self, shard: int, pieces: Iterable[Piece]) -> Staged:
         """A plan for reading pieces of one shard."""
@@ -212,15 +198,66 @@ class ShardFetch:
     def verify_header(self, shard: int) -> None:
         """Prove the shard's own header, which other tools read it by."""
         info = self._snapshot.shards[shard]
-        data = bytearray(info.header_nbytes)
-        self(shard, 0, memoryview(data))
-        if xxhash.xxh3_128_hexdigest(data) != info.header_checksum:
-            raise CorruptCheckpointError(
-                "the header of a shard is not the one that was written",
-                where=f"{self.path(shard)}, bytes 0 to {info.header_nbytes}",
-                why="its checksum does not match",
-                remedy="use an older checkpoint",
-            )
+        _prove_header(self._filesystem, self.path(shard), info, self._timeout)
+
+    def prove(self, shard: int) -> None:
+        """Read and prove every byte of one shard."""
+        info, slices = self._snapshot.shards[shard], self._snapshot.slices(shard)
+        prove_file(self._filesystem, self.path(shard), info, slices, timeout=self._timeout)
+
+
+def prove_file(
+    filesystem: Filesystem,
+    path: str,
+    shard: ShardInfo,
+    slices: Iterable[SliceInfo],
+    *,
+    timeout: float = READ_TIMEOUT,
+) -> None:
+    """Read and prove every byte of a file of tensors, keeping little of it in memory.
+
+    Raises:
+        CorruptCheckpointError: it is not what a manifest says of it.
+        StorageError: it could not be read.
+    """
+
+    def fetch(shard: int, offset: int, into: memoryview) -> None:
+        del shard  # there is but one
+        _read_range(filesystem, path, offset, into, timeout)
+
+    _prove_header(filesystem, path, shard, timeout)
+    Staged(0, map(Piece.whole, slices), block=shard.block).prove(fetch, where=path)
+
+
+def _prove_header(filesystem: Filesystem, path: str, shard: ShardInfo, timeout: float) -> None:
+    data = bytearray(shard.header_nbytes)
+    _read_range(filesystem, path, 0, memoryview(data), timeout)
+    if xxhash.xxh3_128_hexdigest(data) != shard.header_checksum:
+        raise CorruptCheckpointError(
+            "the header of a shard is not the one that was written",
+            where=f"{path}, bytes 0 to {shard.header_nbytes}",
+            why="its checksum does not match",
+            remedy="use an older checkpoint",
+        )
+
+
+def _read_range(
+    filesystem: Filesystem, path: str, offset: int, into: memoryview, timeout: float
+) -> None:
+    try:
+        retried(
+            lambda: filesystem.read_into(path, offset, into),
+            what="read a shard",
+            where=path,
+            timeout=timeout,
+        )
+    except (FileNotFoundError, EOFError) as e:
+        raise CorruptCheckpointError(
+            "a shard is not there in full",
+            where=path,
+            why=str(e),
+            remedy="use another checkpoint",
+        ) from e
 
 
 def _sizes(filesystem: Filesystem, path: str, timeout: float) -> dict[str, int | None]:

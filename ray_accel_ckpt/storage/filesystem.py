@@ -102,9 +102,10 @@ class LocalFilesystem:
     def copy(self, source: str, path: str) -> None:
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        # Tried again after an error that came too late: what is there is what is wanted.
-        target.unlink(missing_ok=True)
-        target.hardlink_to(source)
+        # Tried again after an error that came too late: what is there may be what is wanted.
+        if not target.exists() or not target.samefile(source):
+            target.unlink(missing_ok=True)
+            target.hardlink_to(source)
         _fsync_directory(target.parent)
 
     def read_into(self, path: str, offset: int, buffer: memoryview) -> None:

@@ -5,23 +5,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 
-from ray_accel_ckpt.errors import (
-    CheckpointError,
-    CheckpointExistsError,
-    StorageError,
-    StorageTimeoutError,
-)
+from ray_accel_ckpt.errors import CheckpointError, CheckpointExistsError, StorageError
 from ray_accel_ckpt.image import manifest as manifests
-from ray_accel_ckpt.image.frozen import Frozen
+from ray_accel_ckpt.image.frozen import Frozen, Written
 from ray_accel_ckpt.image.hashing import shard_info
 from ray_accel_ckpt.image.image import Hashing, Image
 from ray_accel_ckpt.image.manifest import FrozenInfo, frozen_name, manifest_name, shard_name
 from ray_accel_ckpt.storage.access import listed
-from ray_accel_ckpt.storage.catalog import read_manifest
+from ray_accel_ckpt.storage.catalog import prove_file, read_manifest
 from ray_accel_ckpt.storage.filesystem import Filesystem
 from ray_accel_ckpt.storage.retry import retried
 
 logger = logging.getLogger(__name__)
+
+LINK_TIMEOUT = 30.0
+"""Seconds that passing errors of a link, or of a copy by the server, are retried for."""
 
 
 def write_image(filesystem: Filesystem, directory: str, image: Image, *, timeout: float) -> None:
@@ -58,26 +56,30 @@ def _write_frozen(
     path = f"{directory}/{name}"
     shard = shard_info(name, frozen.layout)
     known = frozen.known(filesystem, shard)
-    if known is not None and _copied(filesystem, known.path, path, timeout):
-        info = known.info
-    else:
-        file = frozen.file()
-        write_file(filesystem, path, file.chunks, what="write frozen tensors", timeout=timeout)
-        info = FrozenInfo(shard=shard, slices=file.slices())
-    frozen.durable(filesystem, path, info)
+    if known is not None and _linked(filesystem, known, path, timeout):
+        frozen.durable(filesystem, path, known.info, linked=True)
+        return known.info
+    file = frozen.file()
+    write_file(filesystem, path, file.chunks, what="write frozen tensors", timeout=timeout)
+    info = FrozenInfo(shard=shard, slices=file.slices())
+    frozen.durable(filesystem, path, info, linked=False)
     return info
 
 
-def _copied(filesystem: Filesystem, source: str, path: str, timeout: float) -> bool:
+def _linked(filesystem: Filesystem, known: Written, path: str, timeout: float) -> bool:
+    """Whether `path` is a link to, or a copy of, the known file. If not, a warning says why."""
+
     def copy() -> None:
-        filesystem.copy(source, path)
+        filesystem.copy(known.path, path)
 
     try:
-        retried(copy, what="link frozen tensors", where=path, timeout=timeout)
-    except StorageTimeoutError:
-        raise
-    except (StorageError, FileNotFoundError) as e:
-        logger.warning("writing frozen tensors in full: %s cannot be linked to: %s", source, e)
+        # Writing in full helps where this does not: it is not tried for long.
+        retried(copy, what="link frozen tensors", where=path, timeout=min(timeout, LINK_TIMEOUT))
+        if known.mark is None:
+            # Another process wrote it, and somebody may have put another in its place since.
+            prove_file(filesystem, path, known.info.shard, known.info.slices, timeout=timeout)
+    except (StorageError, CheckpointError, FileNotFoundError) as e:
+        logger.warning("writing frozen tensors in full: %s cannot be linked to: %s", known.path, e)
         return False
     return True
 

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from ray_accel_ckpt import Checkpointer, EverySteps, ProjectConfiguration, open_checkpoint
 from tests.gloo.workers import spawn
@@ -43,6 +45,32 @@ def _train(rank: int, world_size: int, directory: Path, sharded: bool, until: in
     for name, tensor in base.state_dict().items():
         full = tensor.full_tensor() if sharded else tensor
         assert torch.equal(full, whole[name])
+
+
+class Rows(nn.Module):
+    """One row each, so that one of two ranks holds none of either."""
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        super().__init__()
+        still = distribute_tensor(torch.ones(1, 2**18), mesh, [Shard(0)])
+        moving = distribute_tensor(torch.ones(1, 5), mesh, [Shard(0)])
+        self.still = nn.Parameter(still, requires_grad=False)
+        self.moving = nn.Parameter(moving)
+
+
+def _empty_shards(rank: int, world_size: int, directory: Path) -> None:
+    ckpt = Checkpointer()
+    model = ckpt.prepare(Rows(init_device_mesh("cpu", (world_size,))))
+    ckpt.save_state(directory / "a")
+    with torch.no_grad():
+        model.still.zero_()
+    ckpt.load_state(directory / "a")
+    assert torch.equal(model.still.full_tensor(), torch.ones(1, 2**18))
+
+
+def test_ranks_that_hold_nothing_agree_on_what_is_frozen(tmp_path: Path) -> None:
+    spawn(_empty_shards, 2, tmp_path)
+    assert len(list((tmp_path / "a").glob("frozen-*"))) == 1
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp"])

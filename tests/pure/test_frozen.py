@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,13 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch import nn
 
-from ray_accel_ckpt import Checkpointer, open_checkpoint
+from ray_accel_ckpt import Checkpointer, EverySteps, ProjectConfiguration, open_checkpoint
 from ray_accel_ckpt.errors import CheckpointError
+from ray_accel_ckpt.image import mark
+from ray_accel_ckpt.image.frozen import Frozen
 from ray_accel_ckpt.integrations.dcp import CheckpointReader
 from ray_accel_ckpt.integrations.export import export_safetensors
+from ray_accel_ckpt.storage import writer
 from ray_accel_ckpt.storage.fakes import (
     Fault,
     FaultyFilesystem,
@@ -110,37 +114,6 @@ def test_a_checkpoint_needs_no_other_one(tmp_path: Path) -> None:
     assert torch.equal(saved.state_dict("model")["base.weight"], base.weight)
 
 
-def test_a_save_writes_what_is_trained_and_no_more(
-    recorded: RecordingFilesystem, ckpt: Checkpointer
-) -> None:
-    model, optimizer = prepared(ckpt)
-    step(ckpt, model, optimizer)
-    written = []
-    for n in range(3):
-        before = len(recorded.operations)
-        ckpt.save_state(f"there/{n}")
-        written.append(sum(len(o.data) for o in recorded.operations[before:]))
-    base = model.base.weight.nbytes
-    assert written[0] > base
-    assert written[1] == written[2] < base / 5
-
-
-def test_an_unchanged_state_is_written_in_under_a_hundredth(
-    recorded: RecordingFilesystem, ckpt: Checkpointer
-) -> None:
-    model = nn.Linear(2000, 2000).requires_grad_(False)
-    ckpt.prepare(model)
-    written = []
-    for n in range(2):
-        before = len(recorded.operations)
-        ckpt.save_state(f"there/{n}")
-        written.append(sum(len(o.data) for o in recorded.operations[before:]))
-    assert written[1] < written[0] / 100
-
-
-# --- what has changed all the same ------------------------------------------------------
-
-
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> RecordingFilesystem:
     recording = RecordingFilesystem(MemoryFilesystem())
@@ -156,7 +129,52 @@ def _use(monkeypatch: pytest.MonkeyPatch, filesystem: Filesystem) -> None:
 
 @pytest.fixture
 def ckpt() -> Checkpointer:
-    return Checkpointer()
+    project = ProjectConfiguration("project", automatic_checkpoint_naming=True)
+    return Checkpointer(project_config=project)
+
+
+def _written(recorded: RecordingFilesystem, save: Callable[[], object]) -> int:
+    before = len(recorded.operations)
+    save()
+    return sum(len(o.data) for o in recorded.operations[before:])
+
+
+def _copies(recorded: RecordingFilesystem) -> int:
+    return sum(o.kind == "copy" for o in recorded.operations)
+
+
+def test_a_save_writes_what_is_trained_and_no_more(
+    recorded: RecordingFilesystem, ckpt: Checkpointer
+) -> None:
+    model, optimizer = prepared(ckpt)
+    step(ckpt, model, optimizer)
+    written = [_written(recorded, ckpt.save_state) for _ in range(3)]
+    base = model.base.weight.nbytes
+    assert written[0] > base
+    assert max(written[1:]) < base / 5
+
+
+def test_an_unchanged_state_is_written_in_under_a_hundredth(
+    recorded: RecordingFilesystem, ckpt: Checkpointer
+) -> None:
+    ckpt.prepare(nn.Linear(2000, 2000).requires_grad_(False))
+    written = [_written(recorded, ckpt.save_state) for _ in range(2)]
+    assert written[1] < written[0] / 100
+
+
+def test_nothing_is_copied_once_a_link_has_been_made(
+    recorded: RecordingFilesystem, ckpt: Checkpointer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied: list[int] = []
+    copy = Frozen._copy
+    monkeypatch.setattr(Frozen, "_copy", lambda frozen: copied.append(1) or copy(frozen))
+    prepared(ckpt)
+    for _ in range(4):
+        ckpt.save_state()
+    assert (len(copied), _copies(recorded)) == (2, 3)
+
+
+# --- what has changed all the same ------------------------------------------------------
 
 
 def _loads(path: str, weight: torch.Tensor) -> bool:
@@ -168,47 +186,123 @@ def _loads(path: str, weight: torch.Tensor) -> bool:
     return torch.equal(model.base.weight, weight)
 
 
-@pytest.mark.parametrize("how", ["in place", "around the count of versions", "unfrozen"])
+@pytest.mark.parametrize("how", ["in place", "through data", "negated", "unfrozen"])
+@pytest.mark.parametrize("device", ["host", "accelerator"])
+@pytest.mark.parametrize("links", [1, 3])
 def test_what_changed_all_the_same_is_written_anew(
-    recorded: RecordingFilesystem, ckpt: Checkpointer, how: str
+    recorded: RecordingFilesystem,
+    ckpt: Checkpointer,
+    monkeypatch: pytest.MonkeyPatch,
+    how: str,
+    device: str,
+    links: int,
 ) -> None:
+    if device == "accelerator":
+        monkeypatch.setattr(mark, "_on_host", lambda rows: [])
     model, optimizer = prepared(ckpt)
     step(ckpt, model, optimizer)
-    ckpt.save_state("there/0")
+    for _ in range(links):
+        ckpt.save_state()
     if how == "in place":
         with torch.no_grad():
             model.base.weight[-1, -1] += 1
-    elif how == "around the count of versions":
+    elif how == "through data":
         model.base.weight.data[-1, -1] += 1
+    elif how == "negated":
+        model.base.weight.data.neg_()
     else:
         model.base.requires_grad_(True)
         step(ckpt, model, optimizer)
-    ckpt.save_state("there/1")
-    assert _loads("there/1", model.base.weight)
-    assert not [o for o in recorded.operations if o.kind == "copy"]
-    ckpt.save_state("there/2")
-    assert _loads("there/2", model.base.weight)
-    assert len([o for o in recorded.operations if o.kind == "copy"]) == (how != "unfrozen")
+    path = ckpt.save_state()
+    assert _loads(path, model.base.weight)
+    assert _copies(recorded) == links - 1
+    path = ckpt.save_state()
+    assert _loads(path, model.base.weight)
+    assert _copies(recorded) == links - (how == "unfrozen")
 
 
-@pytest.mark.parametrize("why", ["gone", "another disk"])
+@pytest.mark.parametrize("why", ["gone", "another disk", "not implemented"])
 def test_where_it_cannot_be_linked_it_is_written(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     ckpt: Checkpointer,
     why: str,
 ) -> None:
+    monkeypatch.setattr(writer, "LINK_TIMEOUT", 0.0)
     memory = MemoryFilesystem()
-    fault = Fault(OSError(errno.EXDEV, "another disk"), operation="copy")
-    _use(monkeypatch, FaultyFilesystem(memory, fault) if why == "another disk" else memory)
+    error = OSError(errno.EXDEV, "another disk") if why == "another disk" else OSError("HTTP 501")
+    fault = Fault(error, operation="copy", times=None)
+    _use(monkeypatch, memory if why == "gone" else FaultyFilesystem(memory, fault))
     model, optimizer = prepared(ckpt)
     step(ckpt, model, optimizer)
-    ckpt.save_state("there/0")
-    if why == "gone":
-        memory.delete("there/0")
-    ckpt.save_state("there/1")
-    assert "writing frozen tensors in full" in caplog.text
-    assert _loads("there/1", model.base.weight)
+    path = ckpt.save_state()
+    for _ in range(3):
+        if why == "gone":
+            memory.delete(path)
+        path = ckpt.save_state()
+        assert "writing frozen tensors in full" in caplog.text
+        caplog.clear()
+        assert _loads(path, model.base.weight)
+
+
+def test_where_links_fail_a_save_is_of_its_moment(
+    monkeypatch: pytest.MonkeyPatch, ckpt: Checkpointer
+) -> None:
+    """The bytes must not be looked for when they are written: by then they may have changed."""
+    memory = MemoryFilesystem()
+    fault = Fault(OSError(errno.EXDEV, "another disk"), operation="copy", times=None)
+    _use(monkeypatch, FaultyFilesystem(memory, fault))
+    project = ProjectConfiguration("project", automatic_checkpoint_naming=True)
+    ckpt = Checkpointer(save=EverySteps(1), project_config=project)
+    model, optimizer = prepared(ckpt)
+    for number in range(3):
+        before = model.base.weight.clone()
+        step(ckpt, model, optimizer)
+        model.base.weight.data.mul_(2)
+        ckpt.flush()
+        assert _loads(f"project/checkpoints/checkpoint_{number}", before)
+
+
+def test_another_file_in_its_place_is_not_linked_to(
+    recorded: RecordingFilesystem, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of a checkpoint that was loaded, by somebody who has replaced it since."""
+    first, other = Checkpointer(), Checkpointer()
+    prepared(first)
+    first.save_state("shared/best")
+    project = ProjectConfiguration("project", automatic_checkpoint_naming=True)
+    ckpt = Checkpointer(project_config=project)
+    model, _ = prepared(ckpt)
+    ckpt.load_state("shared/best")
+    changed, _ = prepared(other)
+    changed.base.weight.data.mul_(2)
+    other.save_state("other")
+    name = "frozen-00000-of-00001.safetensors"
+    recorded.write(f"shared/best/{name}", [_read(recorded, f"other/{name}")])
+    assert _loads(ckpt.save_state(), model.base.weight)
+    assert "in full" in caplog.text
+
+
+def _read(filesystem: Filesystem, path: str) -> bytes:
+    directory, _, name = path.rpartition("/")
+    (nbytes,) = (e.nbytes for e in filesystem.list(directory) if e.name == name)
+    data = bytearray(nbytes or 0)
+    filesystem.read_into(path, 0, memoryview(data))
+    return bytes(data)
+
+
+def test_what_lies_in_a_directory_of_a_users_is_not_linked_to(
+    recorded: RecordingFilesystem, ckpt: Checkpointer
+) -> None:
+    """Whose it is may be replaced. It may be a link to what is the run's own."""
+    model, _ = prepared(ckpt)
+    for path in ("mine/1", "mine/2"):
+        ckpt.save_state(path)
+    assert _copies(recorded) == 0
+    ckpt.save_state()
+    ckpt.save_state("mine/3")
+    assert _copies(recorded) == 1
+    assert _loads("mine/3", model.base.weight)
 
 
 @pytest.mark.parametrize("torn", [False, True])
@@ -217,18 +311,18 @@ def test_cut_off_anywhere_the_save_before_it_is_whole(
 ) -> None:
     model, optimizer = prepared(ckpt)
     step(ckpt, model, optimizer)
-    ckpt.save_state("run/checkpoint_1")
+    first = ckpt.save_state()
     before = replay(recorded.operations).files
     done = len(recorded.operations)
     step(ckpt, model, optimizer)
-    ckpt.save_state("run/checkpoint_2")
+    second = ckpt.save_state()
     operations = recorded.operations[done:]
     assert [o.kind for o in operations].count("copy") == 1
     for n in range(len(operations)):
         crashed = replay(operations[:n], onto=before, torn=torn, atomic=not torn)
-        opened(crashed, "run/checkpoint_1").verify()
+        opened(crashed, first).verify()
         with pytest.raises(CheckpointError):
-            opened(crashed, "run/checkpoint_2")
+            opened(crashed, second)
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

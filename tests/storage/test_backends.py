@@ -75,19 +75,6 @@ def test_what_is_saved_can_be_opened(uri: Uri) -> None:
     assert all(torch.equal(found[n], t) for n, t in model.state_dict().items())
 
 
-def test_what_is_frozen_is_sent_once(uri: Uri, caplog: pytest.LogCaptureFixture) -> None:
-    ckpt = Checkpointer(storage_timeout=20.0)
-    model = ckpt.prepare(nn.Linear(600, 600).requires_grad_(False))
-    ckpt.save_state(uri("run/a"))
-    ckpt.save_state(uri("run/b"))
-    assert "in full" not in caplog.text
-    filesystem, path = resolve(uri("run/a"))
-    filesystem.delete(path)
-    saved = open_checkpoint(uri("run/b"))
-    saved.verify()
-    assert torch.equal(saved.state_dict("model")["weight"], model.weight)
-
-
 def test_a_damaged_byte_is_found(uri: Uri) -> None:
     _checkpointer(1)[0].save_state(uri("run/a"))
     filesystem, path = resolve(uri("run/a"))
@@ -140,6 +127,27 @@ def test_the_newest_is_found_and_the_oldest_removed(
     ckpt, model = routed.trainer(9)
     assert ckpt.load_state()
     assert all(torch.equal(p, torch.full_like(p, 2)) for p in model.parameters())
+
+
+def test_what_is_frozen_is_sent_once(
+    uri: Uri, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    routed = _Routed(monkeypatch, uri)
+    project = ProjectConfiguration(routed.root, automatic_checkpoint_naming=True)
+    ckpt = Checkpointer(project_config=project)
+    model = ckpt.prepare(nn.Linear(600, 600).requires_grad_(False))
+    *earlier, last = [ckpt.save_state() for _ in range(3)]
+    assert "in full" not in caplog.text
+    for path in earlier:
+        routed.filesystem.delete(path)
+    again = Checkpointer(project_config=project)
+    other = again.prepare(nn.Linear(600, 600).requires_grad_(False))
+    assert again.load_state()
+    assert again.resumed_from == last
+    assert torch.equal(other.weight, model.weight)
+    # The life that resumed links to what the one before it wrote.
+    again.save_state()
+    assert "in full" not in caplog.text
 
 
 def test_gcsfs_that_pyarrow_wraps(gcs: str, monkeypatch: pytest.MonkeyPatch) -> None:
