@@ -48,8 +48,8 @@ class Fault:
 
         write, fill = LocalFilesystem.write, Slot.fill
 
-        def staging(slot: Slot, *args: Any) -> Any:
-            filled = fill(slot, *args)
+        def staging(slot: Slot, *args: Any, **options: Any) -> Any:
+            filled = fill(slot, *args, **options)
             die()
             return filled
 

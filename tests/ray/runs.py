@@ -14,6 +14,7 @@ from ray.train import ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from ray_accel_ckpt import Checkpointer, EverySteps, run_config
+from ray_accel_ckpt.image import copies
 from ray_accel_ckpt.runtime.record import Record, read_record
 from ray_accel_ckpt.storage.catalog import candidates
 from ray_accel_ckpt.storage.filesystem import LocalFilesystem
@@ -24,7 +25,7 @@ EVERY = 4
 
 
 def loop(config: dict[str, Any]) -> None:
-    """Config: `out`, and as wanted `epochs`, `every`, `faults`.
+    """Config: `out`, and as wanted `epochs`, `every`, `faults`, `overlap`.
 
     `run`: at each save rank 0 waits until Ray has registered it.
     `swept_at`: at this step, rank 0 waits until nothing is in `run` that Ray does not name.
@@ -34,7 +35,8 @@ def loop(config: dict[str, Any]) -> None:
     rank = ray.train.get_context().get_world_rank()
     faults = [Fault(**fault) for fault in config.get("faults", ())]
     every = config.get("every", EVERY)
-    ckpt = Checkpointer(save=EverySteps(every))
+    copies._SMALL = 0
+    ckpt = Checkpointer(save=EverySteps(every), overlap=config.get("overlap", False))
     for fault in faults:
         fault.install(rank, lambda: ckpt.global_step)
 
@@ -66,7 +68,8 @@ def fit(directory: Path, name: str, workers: int = 2, **config: Any) -> Any:
         loop,
         train_loop_config={"out": str(out), **config},
         scaling_config=ScalingConfig(num_workers=workers),
-        run_config=run_config(name, directory),
+        # More than any test needs. What fails each time must not be tried a thousand times.
+        run_config=run_config(name, directory, max_failures=20),
     )
     return trainer.fit()
 

@@ -147,7 +147,8 @@ def test_a_killed_worker_changes_no_bit_on_s3(
     fault = {"point": "mid-epoch", "rank": 1, "after": 18, "marker": str(marker)}
     trainer = TorchTrainer(
         loop,
-        train_loop_config={"out": str(tmp_path / "out"), "faults": [fault]},
+        # And the copies of a save go on beside training, which must not be seen.
+        train_loop_config={"out": str(tmp_path / "out"), "faults": [fault], "overlap": True},
         scaling_config=ScalingConfig(num_workers=2),
         run_config=run_config("run", "bucket/runs", storage_filesystem=bucket),
     )
