@@ -11,7 +11,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export RAY_DEDUP_LOGS := 1
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: demo demo-elastic demo-tune test test-all lint pure gloo ray-tests chaos chaos-tests examples benchmark clean
+.PHONY: demo demo-elastic demo-tune test test-all lint pure gloo ray-tests chaos chaos-tests examples benchmark-save-stall benchmark-restore benchmark-growth clean
 
 demo: $(STAMP)
 	$(RUN) examples/resume_digits.py
@@ -56,9 +56,16 @@ chaos: $(STAMP)
 examples: $(STAMP)
 	$(RUN) -m pytest -q tests/examples
 
-benchmark: $(STAMP)
+# ARGS are the benchmark's own: make benchmark-restore ARGS="--megabytes 60 --cold"
+benchmark-save-stall: $(STAMP)
 	$(RUN) -m pip install -q -c constraints.txt accelerate
-	$(RUN) benchmarks/save_stall.py
+	$(RUN) benchmarks/save_stall.py $(ARGS)
+
+benchmark-restore: $(STAMP)
+	$(RUN) benchmarks/restore.py $(ARGS)
+
+benchmark-growth: $(STAMP)
+	$(RUN) benchmarks/growth.py $(ARGS)
 
 $(STAMP):
 	rm -rf $(VENV)

@@ -57,6 +57,7 @@ class Training:
     """What is saved: as `Checkpointer.prepare` made it, and bare."""
 
     ckpt: Checkpointer
+    overlapping: Checkpointer
     model: nn.Module
     bare: nn.Module
     optimizer: torch.optim.Optimizer
@@ -65,15 +66,20 @@ class Training:
 def train(megabytes: float, directory: Path) -> Training:
     torch.manual_seed(0)
     bare = network(megabytes)
-    ckpt = Checkpointer(
-        save=EverySteps(1),
-        project_config=ProjectConfiguration(directory, automatic_checkpoint_naming=True),
+    ckpt, overlapping = (
+        Checkpointer(
+            save=EverySteps(1),
+            overlap=overlap,
+            project_config=ProjectConfiguration(directory, automatic_checkpoint_naming=True),
+        )
+        for overlap in (False, True)
     )
     model, optimizer = ckpt.prepare(bare, torch.optim.Adam(bare.parameters()))
+    overlapping.prepare(model, optimizer)
     ckpt.backward(model(torch.ones(1, WIDTH)).sum())
     optimizer.step()
     optimizer.zero_grad()
-    return Training(ckpt=ckpt, model=model, bare=bare, optimizer=optimizer)
+    return Training(ckpt=ckpt, overlapping=overlapping, model=model, bare=bare, optimizer=optimizer)
 
 
 # --- the methods -----------------------------------------------------------------------
@@ -110,10 +116,10 @@ class RawCopy:
         return nothing
 
 
-def ours(training: Training) -> Save:
+def ours(ckpt: Checkpointer) -> Save:
     def save(directory: Path) -> Callable[[], object]:
-        training.ckpt.step()
-        return training.ckpt.flush
+        ckpt.step()
+        return ckpt.flush
 
     return save
 
@@ -168,7 +174,8 @@ def methods_for(training: Training) -> list[Method]:
     methods = [
         Method(name="memcpy of the share", fsync=None, save=raw.copy),
         Method(name="raw write + fsync of the share", fsync=True, save=raw.write),
-        Method(name="ray_accel_ckpt step", fsync=True, save=ours(training)),
+        Method(name="ray_accel_ckpt step", fsync=True, save=ours(training.ckpt)),
+        Method(name="ray_accel_ckpt, overlap", fsync=True, save=ours(training.overlapping)),
         Method(name="torch.save on rank 0", fsync=False, save=torch_save(training)),
         Method(name="DCP save", fsync=True, save=dcp_save(training)),
         Method(name="DCP async_save", fsync=True, save=dcp_async_save(training)),
