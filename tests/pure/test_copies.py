@@ -362,6 +362,25 @@ def test_a_save_that_was_given_up_takes_no_slot_for_good(
     assert open_checkpoint(tmp_path / "checkpoints" / "checkpoint_4").step == 5
 
 
+def test_a_second_save_waits_for_no_optimizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its slot is free when the first is written, and that waits for nobody's step."""
+    monkeypatch.setattr(module, "_SMALL", 0)
+    monkeypatch.setattr(module, "_ONE_WRITE", 10 * PATIENCE)
+    ckpt = Checkpointer(
+        overlap=True, slots=1, save=EverySteps(1), project_config=_project(tmp_path)
+    )
+    bare = nn.Linear(3, 3)
+    ckpt.prepare(bare, torch.optim.SGD(bare.parameters()))
+    ckpt.step()
+    saving = threading.Thread(target=ckpt.step, daemon=True)
+    saving.start()
+    saving.join(PATIENCE)
+    assert not saving.is_alive()
+    ckpt.flush()
+
+
 def test_a_first_save_inside_an_evaluation_spoils_no_later_one(tmp_path: Path) -> None:
     ckpt = Checkpointer()
     model = ckpt.prepare(nn.Linear(3, 3))
