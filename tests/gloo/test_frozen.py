@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -62,6 +63,7 @@ def _empty_shards(rank: int, world_size: int, directory: Path) -> None:
     ckpt = Checkpointer()
     model = ckpt.prepare(Rows(init_device_mesh("cpu", (world_size,))))
     ckpt.save_state(directory / "a")
+    dist.barrier()
     with torch.no_grad():
         model.still.zero_()
     ckpt.load_state(directory / "a")

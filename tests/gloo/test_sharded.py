@@ -91,6 +91,7 @@ def test_a_write_to_a_shard_in_between_is_seen(tmp_path: Path) -> None:
 def _from_meta(rank: int, world_size: int, directory: Path) -> None:
     ckpt, model, _ = _made(_sharded(_network()))
     ckpt.save_state(directory / "a")
+    dist.barrier()
     with torch.device("meta"):
         other = _network()
     ckpt, other, optimizer = _made(_sharded(other))
