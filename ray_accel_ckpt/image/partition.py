@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import xxhash
@@ -93,13 +93,19 @@ def specs_of(
     for part in captured.values():
         for name, tensor in part.tensors.items():
             _refuse_unsupported(name, tensor)
-            spec = spec_of(name, tensor, part.scopes[name], rank, world_size)
-            specs.append(replace(spec, frozen=name in frozen))
+            scope, still = part.scopes[name], name in frozen
+            specs.append(spec_of(name, tensor, scope, rank, world_size, frozen=still))
     return sorted(specs, key=lambda spec: spec.name)
 
 
 def spec_of(
-    name: str, tensor: torch.Tensor, scope: Scope, rank: int, world_size: int
+    name: str,
+    tensor: torch.Tensor,
+    scope: Scope,
+    rank: int,
+    world_size: int,
+    *,
+    frozen: bool = False,
 ) -> TensorSpec:
     """One tensor as `rank` of `world_size` holds it."""
     shape = tuple(tensor.shape)
@@ -120,6 +126,7 @@ def spec_of(
         box=here.box,
         peers=here.peers,
         layout=here.layout,
+        frozen=frozen,
     )
 
 

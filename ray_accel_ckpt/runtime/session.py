@@ -10,6 +10,7 @@ import torch
 
 from ray_accel_ckpt.errors import ConfigurationError, StorageError
 from ray_accel_ckpt.image.frozen import FrozenShare
+from ray_accel_ckpt.image.planned import Plans
 from ray_accel_ckpt.project import ProjectConfiguration
 from ray_accel_ckpt.runtime.group import Group
 from ray_accel_ckpt.runtime.ray_run import (
@@ -59,6 +60,7 @@ class Session:
         self.seed = 0
         self._given_seed = seed
         self.plan_checked = False
+        self.plans = Plans()
         self.frozen = FrozenShare()
         self.told_of_local_mode = False
         self.saves_at_step: dict[int, int] = {}

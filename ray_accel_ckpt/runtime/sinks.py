@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 
 from ray_accel_ckpt.errors import StateMismatchError
-from ray_accel_ckpt.image import partition, shard
+from ray_accel_ckpt.image import partition
 from ray_accel_ckpt.image.image import Image, SaveInfo, parts_of
 from ray_accel_ckpt.image.staging import Slot, SlotPool
 from ray_accel_ckpt.runtime.ray_run import RayRun, in_local_mode
@@ -233,11 +233,8 @@ def freeze(
     """
     rank, world_size = session.group.rank, session.group.world_size
     specs = partition.specs_of(captured, rank=rank, world_size=world_size, frozen=frozen)
-    plan = partition.plan_digest(specs, world_size=world_size)
-    _check_plan(session, plan)
-    mine = partition.share(specs, rank=rank)
-    layout = shard.plan(piece for piece in mine if not piece.spec.frozen)
-    still = [piece for piece in mine if piece.spec.frozen]
+    planned = session.plans.of(specs, rank=rank, world_size=world_size)
+    _check_plan(session, planned.digest)
     info = SaveInfo(
         run=session.run.name if session.run is not None else "",
         attempt=save_id,
@@ -245,20 +242,20 @@ def freeze(
         epoch=epoch,
         rank=rank,
         world_size=world_size,
-        plan=plan,
+        plan=planned.digest,
         library=__version__,
     )
     tensors = {name: t for part in captured.values() for name, t in part.tensors.items()}
     slot = slots.acquire()
     try:
-        data = slot.fill(layout, tensors, late=late)
+        data = slot.fill(planned.layout, tensors, late=late)
         parts = parts_of(captured, rank=rank)
         unchanging = None
-        if still:
-            unchanging = session.frozen.image(shard.plan(still), tensors, lasting=lasting)
+        if planned.frozen is not None:
+            unchanging = session.frozen.image(planned.frozen, tensors, lasting=lasting)
         image = Image(
             info=info,
-            layout=layout,
+            layout=planned.layout,
             data=data,
             parts=parts,
             wait=slot.copies.wait,
