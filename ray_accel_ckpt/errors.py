@@ -83,7 +83,7 @@ class StateMismatchError(AccelCkptError, ValueError):
 
 
 class TornSnapshotError(AccelCkptError):
-    """A tensor changed while it was being copied, so this save was given up. None is written."""
+    """A tensor changed while it was being saved. The save was given up: it is no checkpoint."""
 
 
 class ElasticDataError(AccelCkptError, ValueError):

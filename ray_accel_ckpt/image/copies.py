@@ -3,8 +3,8 @@
 A tensor that nothing but an optimizer writes may be read until the next optimizer
 steps: on an accelerator by a stream of its own, on the host by a thread. That a
 write came in between all the same is seen by torch's count of a tensor's versions.
-The method is that of CUDA side streams in torch's own `DefaultStager`, and of
-copy-on-write as CheckFreq has it (Mohan et al., FAST 2021), with the wait at the update.
+Copying by a stream of its own is torch's `DefaultStager`'s way; that the wait is at the
+next update of the weights is CheckFreq's (Mohan et al., FAST 2021).
 """
 
 from __future__ import annotations

@@ -9,9 +9,8 @@ import torch
 import xxhash
 
 from ray_accel_ckpt.image.shard import Layout, Placed
-from ray_accel_ckpt.image.staging import bytes_of
+from ray_accel_ckpt.image.staging import bytes_of, rows_of
 from ray_accel_ckpt.image.threads import for_each
-from ray_accel_ckpt.state.sharding import local
 
 Mark: TypeAlias = tuple[object, ...]
 """Equal if the same slices of the same tensors hold the same bytes."""
@@ -30,7 +29,7 @@ def mark_of(layout: Layout, tensors: Mapping[str, torch.Tensor]) -> Mark:
     calling thread waits for that.
     """
     found: dict[str, object] = {}
-    rows = {placed.slice.spec.name: _rows(placed, tensors) for placed in layout.placed}
+    rows = {placed.slice.spec.name: rows_of(placed.slice, tensors) for placed in layout.placed}
 
     def hash_host(name: str) -> None:
         found[name] = xxhash.xxh3_128_hexdigest(bytes_of(_bytes(rows[name])))
@@ -63,12 +62,6 @@ def weighted_sum(data: torch.Tensor) -> torch.Tensor:
 
 def _on_host(rows: Mapping[str, torch.Tensor]) -> list[str]:
     return [name for name, each in rows.items() if each.device.type == "cpu"]
-
-
-def _rows(placed: Placed, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    piece = placed.slice
-    source = local(tensors[piece.spec.name])
-    return source[piece.start : piece.stop] if piece.spec.shape else source
 
 
 def _bytes(rows: torch.Tensor) -> torch.Tensor:

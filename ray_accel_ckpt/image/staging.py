@@ -2,7 +2,8 @@
 
 A slot is made once and reused, because the first touch of fresh memory is what
 is slow. There are `slots` of them: that, times this rank's share, is all the
-host memory saving takes. A save that finds none free waits.
+host memory saving takes. A save that finds none free waits. (What is frozen is a part
+of the share, and has a slot of its own until it is written: see `frozen`.)
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 
 from ray_accel_ckpt.errors import ConfigurationError
 from ray_accel_ckpt.image.copies import Copies, Copy, may_be_late
+from ray_accel_ckpt.image.partition import Slice
 from ray_accel_ckpt.image.shard import Layout
 from ray_accel_ckpt.state.sharding import local
 
@@ -46,7 +48,8 @@ class Slot:
         *,
         late: Mapping[str, Sequence[torch.Tensor]] = MappingProxyType({}),
     ) -> memoryview:
-        """Copy the slices of `layout` into place: the bytes of the whole file, once `wait` returns.
+        """Copy the slices of `layout` into place: the bytes of the whole file, once `copies.wait`
+        returns.
 
         When this returns, the tensors may change, but for those of `late`: these
         may be changed by the next step of a torch optimizer, or after `settle`.
@@ -65,9 +68,8 @@ class Slot:
             if piece.nbytes == 0:
                 continue
             name = piece.spec.name
-            source = local(tensors[name])
-            rows = source[piece.start : piece.stop] if piece.spec.shape else source
-            target = buffer[placed.begin : placed.end].view(source.dtype).view(piece.box.size)
+            rows = rows_of(piece, tensors)
+            target = buffer[placed.begin : placed.end].view(rows.dtype).view(piece.box.size)
             watched = tuple(late.get(name, ()))
             copies = later if may_be_late(rows, watched) else at_once
             copies.append(Copy(name=name, source=rows, target=target, watched=watched))
@@ -138,6 +140,12 @@ class SlotPool:
         """Wait until every slot is back."""
         with self._changed:
             self._changed.wait_for(lambda: len(self._free) == len(self._slots))
+
+
+def rows_of(piece: Slice, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """What a slice is of the live tensor, in the memory of this rank."""
+    source = local(tensors[piece.spec.name])
+    return source[piece.start : piece.stop] if piece.spec.shape else source
 
 
 def bytes_of(buffer: torch.Tensor) -> memoryview:

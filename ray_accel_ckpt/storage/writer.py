@@ -33,7 +33,7 @@ def write_image(filesystem: Filesystem, directory: str, image: Image, *, timeout
 
     Raises:
         StorageError, StorageTimeoutError: naming the path, the cause and the remedy.
-        TornSnapshotError: the image cannot be trusted. Nothing was written.
+        TornSnapshotError: the image cannot be trusted. No manifest was written.
     """
     image.wait()
     info = image.info

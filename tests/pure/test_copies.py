@@ -181,6 +181,7 @@ def test_each_of_several_threads_waits(gate: Gate) -> None:
         thread.join()
     begun.wait()
     assert all(map(torch.equal, targets, before))
+    assert begun.waited > 0
 
 
 def test_hooks_of_others_are_left_alone() -> None:
@@ -379,6 +380,20 @@ def test_a_second_save_waits_for_no_optimizer(
     saving.join(PATIENCE)
     assert not saving.is_alive()
     ckpt.flush()
+
+
+def test_what_an_optimizer_waited_is_a_cost_of_the_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ckpt = Checkpointer(overlap=True, save=EverySteps(1), project_config=_project(tmp_path))
+    ckpt.prepare(nn.Linear(3, 3))
+    ckpt.step()
+    ckpt.flush()
+    (alone,) = ckpt._heartbeat._blocked
+    monkeypatch.setattr(ckpt._slots, "take_waited", lambda: 1000.0)
+    ckpt.step()
+    ckpt.flush()
+    assert ckpt._heartbeat._blocked[0] == alone + 1000.0
 
 
 def test_a_first_save_inside_an_evaluation_spoils_no_later_one(tmp_path: Path) -> None:
