@@ -24,7 +24,7 @@ from ray_accel_ckpt.runtime.report import Metrics
 from ray_accel_ckpt.runtime.restore import Restored
 from ray_accel_ckpt.runtime.resume import Resumer
 from ray_accel_ckpt.runtime.session import Session
-from ray_accel_ckpt.runtime.sinks import Sink, sink_for
+from ray_accel_ckpt.runtime.sinks import Moment, Sink, sink_for
 from ray_accel_ckpt.state.bundle import StateBundle, require_stateful
 from ray_accel_ckpt.state.dealing import require_global_batch_size
 from ray_accel_ckpt.state.hooks import Hooks, LoadHook, SaveHook
@@ -452,16 +452,14 @@ class Checkpointer:
                 replayed=self._watch.replayed(),
                 with_gradients=self._preparer.window.open,
             )
-            sink.save(
-                captured,
-                self._slots,
-                frozen=self._bundle.frozen(captured),
+            moment = Moment(
+                captured=captured,
                 late=self._bundle.written_by_optimizers(captured) if self._overlap else {},
+                frozen=self._bundle.frozen(captured),
                 step=step,
                 epoch=epoch,
-                metrics=metrics,
-                durable=durable,
             )
+            sink.save(moment, self._slots, metrics=metrics, durable=durable)
         if sink.of_run:
             self._saved_at = (step, epoch)
         return sink.path

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -30,6 +31,23 @@ from ray_accel_ckpt.version import __version__
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Moment:
+    """What is saved, as it is now.
+
+    Attributes:
+        late: tensors, by name, that only torch optimizers change until `SlotPool.settle`,
+            each with the live tensors that are changed if it is.
+        frozen: names of tensors that are not expected to have changed since the last save.
+    """
+
+    captured: Mapping[str, Captured]
+    late: Mapping[str, Sequence[torch.Tensor]]
+    frozen: Collection[str]
+    step: int
+    epoch: int
+
+
 class Sink(Protocol):
     """Where one save goes."""
 
@@ -42,23 +60,12 @@ class Sink(Protocol):
         ...
 
     def save(
-        self,
-        captured: Mapping[str, Captured],
-        slots: SlotPool,
-        *,
-        late: Mapping[str, Sequence[torch.Tensor]],
-        frozen: Collection[str],
-        step: int,
-        epoch: int,
-        metrics: Metrics,
-        durable: Callable[[], None],
+        self, moment: Moment, slots: SlotPool, *, metrics: Metrics, durable: Callable[[], None]
     ) -> None:
-        """Freeze this rank's share and hand it on. When it returns, the state may change.
+        """Freeze this rank's share and hand it on. When it returns, the state may change,
+        but for what of it is `late`.
 
         Args:
-            late: names of tensors that only torch optimizers may change until
-                `slots.settle()`, and the live tensors that are changed if they are.
-            frozen: names of those that are not expected to have changed since the last save.
             durable: called, on another thread, once this rank's share is.
         """
         ...
@@ -98,28 +105,11 @@ class RaySink:
         self.of_run = True
 
     def save(
-        self,
-        captured: Mapping[str, Captured],
-        slots: SlotPool,
-        *,
-        late: Mapping[str, Sequence[torch.Tensor]],
-        frozen: Collection[str],
-        step: int,
-        epoch: int,
-        metrics: Metrics,
-        durable: Callable[[], None],
+        self, moment: Moment, slots: SlotPool, *, metrics: Metrics, durable: Callable[[], None]
     ) -> None:
         plain = plain_metrics(metrics)
         image, slot = freeze(
-            captured,
-            slots,
-            self._session,
-            late=late,
-            frozen=frozen,
-            lasting=self.of_run,
-            save_id=self._save_id,
-            step=step,
-            epoch=epoch,
+            moment, slots, self._session, save_id=self._save_id, lasting=self.of_run
         )
 
         def after() -> None:
@@ -155,16 +145,7 @@ class DirectorySink:
         self.path = path
 
     def save(
-        self,
-        captured: Mapping[str, Captured],
-        slots: SlotPool,
-        *,
-        late: Mapping[str, Sequence[torch.Tensor]],
-        frozen: Collection[str],
-        step: int,
-        epoch: int,
-        metrics: Metrics,
-        durable: Callable[[], None],
+        self, moment: Moment, slots: SlotPool, *, metrics: Metrics, durable: Callable[[], None]
     ) -> None:
         del metrics  # Ray's; a directory has nobody to report them to
         session = self._session
@@ -175,20 +156,10 @@ class DirectorySink:
                 self._filesystem,
                 self.path,
                 attempt=self._save_id,
-                step=step,
+                step=moment.step,
                 timeout=session.timeout,
             )
-        image, slot = freeze(
-            captured,
-            slots,
-            session,
-            late=late,
-            frozen=frozen,
-            lasting=self.of_run,
-            save_id=self._save_id,
-            step=step,
-            epoch=epoch,
-        )
+        image, slot = freeze(moment, slots, session, save_id=self._save_id, lasting=self.of_run)
 
         def after() -> None:
             durable()
@@ -210,16 +181,7 @@ class DirectorySink:
 
 
 def freeze(
-    captured: Mapping[str, Captured],
-    slots: SlotPool,
-    session: Session,
-    *,
-    late: Mapping[str, Sequence[torch.Tensor]],
-    frozen: Collection[str],
-    lasting: bool,
-    save_id: str,
-    step: int,
-    epoch: int,
+    moment: Moment, slots: SlotPool, session: Session, *, save_id: str, lasting: bool
 ) -> tuple[Image, Slot]:
     """Copy this rank's share into a free slot. When it returns, the state may change
     but for what is `late`: see `Slot.fill`.
@@ -232,14 +194,15 @@ def freeze(
         UnsupportedStateError: a dtype the format does not have.
     """
     rank, world_size = session.group.rank, session.group.world_size
-    specs = partition.specs_of(captured, rank=rank, world_size=world_size, frozen=frozen)
+    captured = moment.captured
+    specs = partition.specs_of(captured, rank=rank, world_size=world_size, frozen=moment.frozen)
     planned = session.plans.of(specs, rank=rank, world_size=world_size)
     _check_plan(session, planned.digest)
     info = SaveInfo(
         run=session.run.name if session.run is not None else "",
         attempt=save_id,
-        step=step,
-        epoch=epoch,
+        step=moment.step,
+        epoch=moment.epoch,
         rank=rank,
         world_size=world_size,
         plan=planned.digest,
@@ -248,7 +211,7 @@ def freeze(
     tensors = {name: t for part in captured.values() for name, t in part.tensors.items()}
     slot = slots.acquire()
     try:
-        data = slot.fill(planned.layout, tensors, late=late)
+        data = slot.fill(planned.layout, tensors, late=moment.late)
         parts = parts_of(captured, rank=rank)
         unchanging = None
         if planned.frozen is not None:
