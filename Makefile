@@ -11,7 +11,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export RAY_DEDUP_LOGS := 1
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: demo demo-elastic demo-tune test test-all lint pure gloo ray-tests chaos chaos-tests examples benchmark-save-stall benchmark-restore benchmark-growth clean
+.PHONY: demo demo-elastic demo-tune test test-all lint pure gloo ray-tests long-tests chaos chaos-tests examples benchmark-save-stall benchmark-restore benchmark-growth clean
 
 demo: $(STAMP)
 	$(RUN) examples/resume_digits.py
@@ -24,7 +24,7 @@ demo-tune: $(STAMP)
 
 test: lint pure gloo ray-tests chaos-tests
 
-test-all: test examples
+test-all: test long-tests examples
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
@@ -39,7 +39,11 @@ gloo: $(STAMP)
 	$(RUN) -m pytest -q -n auto tests/gloo
 
 ray-tests: $(STAMP)
-	$(RUN) -m pytest -q tests/ray
+	$(RUN) -m pytest -q -m "not long" tests/ray
+
+# What takes minutes and is next to something that `make test` plays.
+long-tests: $(STAMP)
+	$(RUN) -m pytest -q -m long tests/ray
 
 # A fixed dozen of what `chaos` plays.
 chaos-tests: $(STAMP)

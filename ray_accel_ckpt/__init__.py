@@ -8,6 +8,7 @@ from ray_accel_ckpt.version import __version__
 
 if TYPE_CHECKING:
     from ray_accel_ckpt.checkpointer import Checkpointer
+    from ray_accel_ckpt.memory import MemoryTier
     from ray_accel_ckpt.policy import EverySeconds, EverySteps, MaxOverhead
     from ray_accel_ckpt.project import ProjectConfiguration
     from ray_accel_ckpt.runtime.configs import run_config
@@ -21,6 +22,7 @@ else:
         "EverySeconds": "policy",
         "EverySteps": "policy",
         "MaxOverhead": "policy",
+        "MemoryTier": "memory",
         "ProjectConfiguration": "project",
         "heal_run": "runtime.heal",
         "open_checkpoint": "storage.opened",
@@ -43,6 +45,7 @@ __all__ = [
     "EverySeconds",
     "EverySteps",
     "MaxOverhead",
+    "MemoryTier",
     "ProjectConfiguration",
     "__version__",
     "errors",

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ray_accel_ckpt.errors import ConfigurationError
 from ray_accel_ckpt.image.staging import SlotPool
+from ray_accel_ckpt.memory import MemoryTier
 from ray_accel_ckpt.policy import SavePolicy, TimePolicy, require_policy
 from ray_accel_ckpt.project import ProjectConfiguration
 from ray_accel_ckpt.runtime.exchange import exchange_for
@@ -24,7 +25,7 @@ from ray_accel_ckpt.runtime.report import Metrics
 from ray_accel_ckpt.runtime.restore import Restored
 from ray_accel_ckpt.runtime.resume import Resumer
 from ray_accel_ckpt.runtime.session import Session
-from ray_accel_ckpt.runtime.sinks import Moment, Sink, sink_for
+from ray_accel_ckpt.runtime.sinks import Moment, Sink, memory_sink, sink_for
 from ray_accel_ckpt.state.bundle import StateBundle, require_stateful
 from ray_accel_ckpt.state.dealing import require_global_batch_size
 from ray_accel_ckpt.state.hooks import Hooks, LoadHook, SaveHook
@@ -63,6 +64,9 @@ class Checkpointer:
             them meanwhile makes a `TornSnapshotError`, if torch counts the write. It does
             not count what goes through ``tensor.data``, collectives, replayed CUDA graphs
             and extensions: loops that write so must not overlap.
+        memory: ``MemoryTier(every_steps=1)`` keeps snapshots in the nodes' memory too, so that
+            a restart loses little and reads no storage. A snapshot costs training what a save
+            does; one waits until the one before is where it is to be.
         storage_timeout: seconds that throttling, resets and 5xx are retried
             for, in the background, before the save fails.
         ddp_kwargs: passed to `DistributedDataParallel`.
@@ -80,6 +84,7 @@ class Checkpointer:
         seed: int | None = None,
         slots: int = 2,
         overlap: bool = False,
+        memory: MemoryTier | None = None,
         storage_timeout: float = 600.0,
         ddp_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
@@ -91,20 +96,29 @@ class Checkpointer:
             )
         if not isinstance(overlap, bool):
             raise ConfigurationError(f"overlap must be True or False, not {overlap!r}")
+        if memory is not None and not isinstance(memory, MemoryTier):
+            raise ConfigurationError(f"memory must be a MemoryTier or None, not {memory!r}")
         self.scaler = scaler
         self.resumed_from: str | None = None
         self._policy = save
-        self._slots = SlotPool(slots)
         self._overlap = overlap
         self._session = Session(
-            project=project_config, seed=seed, timeout=storage_timeout, saves=save is not None
+            project=project_config,
+            seed=seed,
+            timeout=storage_timeout,
+            saves=save is not None,
+            memory=memory,
+            slots=slots,
         )
+        kept = self._session.memory
+        self._slots = SlotPool(slots) if kept is None else kept.slots
         self._lives = Lives()
         self._heartbeat = Heartbeat(exchange_for(self._session, save), save, mtbf=self._lives.mtbf)
         self._global_step = 0
         self._epoch = 0
         self._in_epochs = False
         self._saved_at: tuple[int, int] | None = None
+        self._measured = False
         self._last_metrics: Metrics = None
         self._hooks = Hooks()
         self._bundle = StateBundle()
@@ -216,6 +230,9 @@ class Checkpointer:
     def register_save_state_pre_hook(self, hook: SaveHook) -> RemovableHandle:
         """Call ``hook(models, weights, output_dir)`` on every rank before each save.
 
+        Also before each snapshot of the memory tier; `output_dir` begins with ``memory://``
+        then, and is no place to write to.
+
         `weights` is a list of state dicts; what a hook takes out of one, or out
         of the list, is not saved. Every rank must take out the same.
         """
@@ -305,6 +322,8 @@ class Checkpointer:
         self._last_metrics = metrics
         if self._heartbeat.after_step(self._global_step):
             self._save(self._sink(), metrics)
+        else:
+            self._save(memory_sink(self._session, step=self._global_step), None)
 
     def heartbeat(self) -> None:
         """Ask for notices of preemption where no steps are counted: in a long evaluation.
@@ -391,9 +410,10 @@ class Checkpointer:
             return False
         filesystem, path = place
         registered = self._session.registered()
+        kept = self._session.kept() if input_dir is None else None
         with self._resumer.restorer(filesystem, only=only, strict=strict) as restorer:
             restored = (
-                restorer.newest(path, registered=registered.names)
+                restorer.newest(path, registered=registered.names, kept=kept)
                 if input_dir is None
                 else restorer.exactly(path)
             )
@@ -409,6 +429,8 @@ class Checkpointer:
     def flush(self) -> None:
         """Wait until everything saved without Ray is durable; Ray flushes at the end of its loop.
 
+        With `memory`, also until the latest snapshot is kept where it is to be.
+
         Raises:
             StorageError: what a save in the background failed with.
             TornSnapshotError: see `overlap`.
@@ -416,7 +438,7 @@ class Checkpointer:
         try:
             self._slots.settle()
         finally:
-            self._session.writer.flush()
+            self._session.flush()
 
     # --- inside ------------------------------------------------------------------------
 
@@ -441,7 +463,10 @@ class Checkpointer:
         if sink is None:
             return ""
         self._slots.settle()
-        self._heartbeat.also_blocked(self._slots.take_waited())
+        waited = self._slots.take_waited()
+        if self._measured:
+            self._heartbeat.also_blocked(waited)
+        self._measured = sink.of_run
         models = self._bundle.of_type(ModelPart)
         step, epoch = self._position()
         # What goes elsewhere takes other times, and nobody resumes from it.
@@ -472,6 +497,9 @@ class Checkpointer:
             self._lives.begin(filesystem, run, self._session.attempt)
         resumed_from = None if restored is None else restored.path
         self._session.begin_sweeping(resumed_from=resumed_from, registered=registered)
+        if self._session.memory is not None:
+            in_memory = restored is not None and restored.kept
+            self._session.memory.begin(restored.name if restored and in_memory else None)
 
     def _resumed(self, path: str, registered: str | None) -> None:
         self.resumed_from = path

@@ -9,8 +9,9 @@ of the share, and has a slot of its own until it is written: see `frozen`.)
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -24,9 +25,17 @@ from ray_accel_ckpt.state.sharding import local
 
 
 class Slot:
-    """One reusable buffer of host memory, pinned where an accelerator copies into it."""
+    """One reusable buffer of host memory, pinned where an accelerator copies into it.
+
+    Attributes:
+        used: a number that grows from one use to the next, 0 if there is nothing worth
+            keeping in it; the pool's.
+        published: whether others know what is in it.
+    """
 
     def __init__(self) -> None:
+        self.used = 0
+        self.published = False
         self._buffer = torch.empty(0, dtype=torch.uint8)
         self._copies: Copies | None = None
 
@@ -38,7 +47,7 @@ class Slot:
             self._buffer = torch.empty(0, dtype=torch.uint8)
             # A save may come from inside an evaluation; the buffer is for all that follow.
             with torch.inference_mode(False):
-                self._buffer = torch.empty(nbytes, dtype=torch.uint8, pin_memory=_pins())
+                self._buffer = torch.empty(nbytes, dtype=torch.uint8, pin_memory=pins())
         return self._buffer[:nbytes]
 
     def fill(
@@ -87,6 +96,11 @@ class Slot:
         waited, self._copies.waited = self._copies.waited, 0.0
         return waited
 
+    def free(self) -> None:
+        """Give the memory back."""
+        self._finish()
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+
     @property
     def copies(self) -> Copies:
         """Of the last `fill`."""
@@ -104,26 +118,42 @@ class Slot:
 
 
 class SlotPool:
-    """`slots` slots, handed out to saves and given back when their bytes are durable."""
+    """`slots` slots, handed out to saves and given back when their bytes are durable.
 
-    def __init__(self, slots: int) -> None:
+    Args:
+        kept: slots there are beside them, so that of those published the newest `kept`
+            stay as they are.
+        make: makes the slot of a number.
+    """
+
+    def __init__(
+        self, slots: int, *, kept: int = 0, make: Callable[[int], Slot] = lambda number: Slot()
+    ) -> None:
         if type(slots) is not int or slots < 1:
             raise ConfigurationError(
                 f"slots must be a whole number, at least 1; got {slots!r}",
                 remedy="2 lets one save be written while the next is staged",
             )
-        self._slots = [Slot() for _ in range(slots)]
+        self._slots = [make(number) for number in range(slots + kept)]
         self._free = list(self._slots)
+        self._kept = kept
+        self._uses = itertools.count(1)
         self._changed = threading.Condition()
 
     def acquire(self) -> Slot:
         """Wait for a free slot. The wait is bounded by the `storage_timeout` of earlier saves."""
         with self._changed:
-            self._changed.wait_for(lambda: bool(self._free))
-            return self._free.pop()
+            self._changed.wait_for(lambda: len(self._free) > self._kept)
+            self._free.sort(key=lambda slot: slot.used)
+            # The newest that may go: as long as it does, the memory of others is never touched.
+            slot = self._free.pop(-1 - self._kept)
+            slot.used = next(self._uses)
+            return slot
 
     def release(self, slot: Slot) -> None:
         with self._changed:
+            if not slot.published:
+                slot.used = 0
             self._free.append(slot)
             self._changed.notify()
 
@@ -135,6 +165,15 @@ class SlotPool:
     def take_waited(self) -> float:
         """Seconds that threads were kept waiting for copies, since this was last called."""
         return sum(slot.take_waited() for slot in self._slots)
+
+    def keep_nothing(self) -> None:
+        """From now on, be as if `kept` were 0; the slots that are too many go."""
+        with self._changed:
+            for slot in self._free:
+                slot.free()
+            for _ in range(self._kept):
+                self._slots.remove(self._free.pop())
+            self._kept = 0
 
     def drain(self) -> None:
         """Wait until every slot is back."""
@@ -154,5 +193,5 @@ def bytes_of(buffer: torch.Tensor) -> memoryview:
     return memoryview(array)
 
 
-def _pins() -> bool:
+def pins() -> bool:
     return torch.accelerator.is_available()

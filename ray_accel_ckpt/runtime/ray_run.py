@@ -120,6 +120,43 @@ def training_device() -> torch.device:
     return torch.device(accelerator.type, _local_rank() % torch.accelerator.device_count())
 
 
+@dataclass(frozen=True, kw_only=True)
+class Controller:
+    """The actor that leads a run: it outlives groups of workers, and the run ends with it."""
+
+    handle: Any
+
+    @classmethod
+    def current(cls) -> Controller:
+        """Of the run that this process is a worker of."""
+        from ray.train.v2._internal.execution.context import get_train_context
+
+        return cls(handle=get_train_context().controller_actor)
+
+    @property
+    def id(self) -> str:
+        return str(self.handle._actor_id.hex())
+
+    def has_ended(self) -> bool:
+        """Whether the run is over, well or not, or its driver is gone. Blocks for 2 s at most.
+
+        That the actor lives means nothing: a driver may hold on to it.
+        """
+        import ray
+
+        try:
+            return bool(ray.get(self.handle.__ray_call__.remote(_is_at_an_end), timeout=2))
+        except ray.exceptions.ActorDiedError:
+            return True
+        except (ray.exceptions.GetTimeoutError, ray.exceptions.ActorUnavailableError):
+            # It is busy: starting workers, say.
+            return False
+
+
+def _is_at_an_end(controller: Any) -> bool:
+    return bool(controller.get_state().is_terminal())
+
+
 def is_ray_data(obj: Any) -> bool:
     """Whether `obj` is what `iter_torch_batches` of a Ray dataset or its shard returns.
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -26,11 +26,13 @@ from ray_accel_ckpt.errors import (
     NotACheckpointError,
     NoUsableCheckpointError,
 )
-from ray_accel_ckpt.image.pieces import Piece, Staged
+from ray_accel_ckpt.image.pieces import Staged
 from ray_accel_ckpt.image.reader import Snapshot
 from ray_accel_ckpt.image.staging import Slot
+from ray_accel_ckpt.runtime.dealer import Dealer, padded
 from ray_accel_ckpt.runtime.destination import Destination, Wanted
 from ray_accel_ckpt.runtime.group import Group
+from ray_accel_ckpt.runtime.kept import Kept
 from ray_accel_ckpt.state.bundle import Plan
 from ray_accel_ckpt.state.tree import unflatten
 from ray_accel_ckpt.storage.catalog import (
@@ -40,23 +42,29 @@ from ray_accel_ckpt.storage.catalog import (
     open_snapshot,
     step_of,
 )
-from ray_accel_ckpt.storage.filesystem import Filesystem
+from ray_accel_ckpt.storage.filesystem import Readable
 
 logger = logging.getLogger(__name__)
-
-_CHUNK = 32 * 2**20
-"""Bytes of one broadcast, at most: the memory a rank needs beside its slot."""
 
 Decide = Callable[[Snapshot], Plan]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Restored:
-    """What was loaded: the parts named, out of a snapshot at a path."""
+    """What was loaded: the parts named, out of a snapshot at a path.
+
+    Attributes:
+        kept: whether that is one of the memory tier, and not in storage.
+    """
 
     snapshot: Snapshot
     path: str
     parts: frozenset[str]
+    kept: bool
+
+    @property
+    def name(self) -> str:
+        return _name(self.path)
 
 
 @dataclass(kw_only=True)
@@ -69,13 +77,15 @@ class Restorer:
         device: where tensors go that are not copied into live ones.
     """
 
-    filesystem: Filesystem
+    filesystem: Readable
     group: Group
     slot: Slot
     device: torch.device
     decide: Decide
 
-    def newest(self, directory: str, *, registered: Sequence[str] = ()) -> Restored | None:
+    def newest(
+        self, directory: str, *, registered: Sequence[str] = (), kept: Kept | None = None
+    ) -> Restored | None:
         """Load the newest good checkpoint under `directory`; None if there is none at all.
 
         Collective. Rank 0 lists, all ranks verify. A bad checkpoint is passed
@@ -90,6 +100,7 @@ class Restorer:
                 their steps are: a loop may have gone back to an earlier step, and a
                 run's last step and its end are two checkpoints of one step. Others
                 are taken to be as old as their step is.
+            kept: what the memory tier has. Of what is in both, this is read.
 
         Raises:
             NoUsableCheckpointError: there are checkpoints, and none is good.
@@ -100,9 +111,10 @@ class Restorer:
         faults = []
         own, begun_from = self._listed(directory)
         whole = bool(registered) or bool(begun_from)
-        for path in [*_newest_first(own, registered), *begun_from]:
+        in_memory = [] if kept is None else kept.paths()
+        for path in [*_newest_first([*in_memory, *own], registered), *begun_from]:
             try:
-                return self.exactly(path)
+                return self._load(path, kept if path in in_memory else None)
             except FormatVersionError:
                 raise
             except CheckpointError as e:
@@ -124,21 +136,27 @@ class Restorer:
 
         On any error no live tensor has been changed, on any rank.
         """
-        snapshot = self.group.agreed(lambda: self._open(path))
+        return self._load(path, None)
+
+    def _load(self, path: str, kept: Kept | None) -> Restored:
+        filesystem = kept or self.filesystem
+        snapshot = self.group.agreed(lambda: self._open(filesystem, path))
         plan = self.group.agreed(lambda: self.decide(snapshot))
         rank = self.group.rank
         tensors = self.group.agreed(lambda: Destination(plan, snapshot, rank, self.device))
         wanted = Wanted(plan, snapshot, tensors, rank)
         self._require_same(wanted, path)
-        staged = self.group.agreed(lambda: self._read(snapshot, wanted))
-        self._deal(wanted, staged, tensors, live=False)
+        readers = self._readers(snapshot, kept)
+        staged = self.group.agreed(lambda: self._read(filesystem, snapshot, wanted, readers))
+        dealer = Dealer(self.group, wanted, readers, staged, tensors)
+        dealer.deal(live=False)
         states = self.group.agreed(lambda: self._understood(plan, tensors))
         # All of it is read, proved and understood, on every rank. From here on state changes.
-        self._deal(wanted, staged, tensors, live=True)
+        dealer.deal(live=True)
         for (part, _), state in zip(plan.parts, states, strict=True):
             part.apply(state)
         applied = frozenset(part.name for part, _ in plan.parts)
-        return Restored(snapshot=snapshot, path=path, parts=applied)
+        return Restored(snapshot=snapshot, path=path, parts=applied, kept=kept is not None)
 
     def _understood(self, plan: Plan, tensors: Destination) -> list[Any]:
         states = []
@@ -148,8 +166,8 @@ class Restorer:
             states.append(state)
         return states
 
-    def _open(self, path: str) -> Snapshot:
-        snapshot = open_snapshot(self.filesystem, path)
+    def _open(self, filesystem: Readable, path: str) -> Snapshot:
+        snapshot = open_snapshot(filesystem, path)
         snapshot.parts(self.group.rank)
         return snapshot
 
@@ -182,89 +200,43 @@ class Restorer:
 
     # --- reading -----------------------------------------------------------------------
 
-    def _reader(self, shard: int) -> int:
-        """Which live rank reads what all need of a shard."""
-        return shard % self.group.world_size
+    def _readers(self, snapshot: Snapshot, kept: Kept | None) -> dict[int, int]:
+        """By shard, the live rank that reads what all need of it: one on whose node it is."""
+        everyone = list(range(self.group.world_size))
+        here: dict[int, list[int]] = {}
+        if kept is not None:
+            near = [
+                n for n, f in snapshot.shards.items() if kept.near(f"{snapshot.where}/{f.file}")
+            ]
+            for rank, numbers in enumerate(self.group.gather(near)):
+                for number in numbers:
+                    here.setdefault(number, []).append(rank)
+        ranks = {number: here.get(number, everyone) for number in snapshot.shards}
+        return {number: near[number % len(near)] for number, near in ranks.items()}
 
-    def _read(self, snapshot: Snapshot, wanted: Wanted) -> dict[int, Staged]:
+    def _read(
+        self,
+        filesystem: Readable,
+        snapshot: Snapshot,
+        wanted: Wanted,
+        readers: Mapping[int, int],
+    ) -> dict[int, Staged]:
         """Read and prove what is this rank's to read, by the shard it lies in."""
-        fetch = ShardFetch(self.filesystem, snapshot)
+        fetch = ShardFetch(filesystem, snapshot)
         mine = {}
         for stored in snapshot.shards:
             pieces = list(wanted.own.get(stored, ()))
-            if self._reader(stored) == self.group.rank:
+            if readers[stored] == self.group.rank:
                 pieces += wanted.common.get(stored, ())
             if pieces:
                 mine[stored] = fetch.staged(stored, pieces)
-        buffer = self.slot.reserve(sum(_padded(s.nbytes) for s in mine.values()))
+        buffer = self.slot.reserve(sum(padded(s.nbytes) for s in mine.values()))
         at = 0
         for stored, staged in mine.items():
             fetch.verify_header(stored)
             staged.read(fetch, buffer[at : at + staged.nbytes], where=fetch.path(stored))
-            at += _padded(staged.nbytes)
+            at += padded(staged.nbytes)
         return mine
-
-    # --- dealing -----------------------------------------------------------------------
-
-    def _deal(
-        self,
-        wanted: Wanted,
-        staged: Mapping[int, Staged],
-        tensors: Destination,
-        *,
-        live: bool,
-    ) -> None:
-        """Fill the fresh tensors, or those of live objects, from the slots of all ranks."""
-        for stored, pieces in wanted.own.items():
-            for piece in pieces:
-                if tensors.is_live(piece) is live:
-                    tensors.put(piece, staged[stored].rows(piece))
-        for stored, pieces in wanted.common.items():
-            chosen = [piece for piece in pieces if tensors.is_live(piece) is live]
-            for chunk in _chunks(sorted(chosen, key=lambda p: p.info.begin)):
-                self._deal_chunk(chunk, self._reader(stored), staged.get(stored), tensors)
-
-    def _deal_chunk(
-        self, chunk: list[Piece], source: int, held: Staged | None, tensors: Destination
-    ) -> None:
-        if self.group.world_size == 1 and held is not None:
-            for piece in chunk:
-                tensors.put(piece, held.rows(piece))
-            return
-        buffer = torch.empty(sum(_padded(p.nbytes) for p in chunk), dtype=torch.uint8)
-        views = []
-        at = 0
-        for piece in chunk:
-            views.append(piece.view(buffer[at : at + piece.nbytes]))
-            at += _padded(piece.nbytes)
-        if held is not None and self.group.rank == source:
-            for piece, view in zip(chunk, views, strict=True):
-                view.copy_(held.rows(piece))
-        self.group.broadcast(buffer, source)
-        for piece, view in zip(chunk, views, strict=True):
-            tensors.put(piece, view)
-
-
-def _chunks(pieces: list[Piece]) -> Iterator[list[Piece]]:
-    """Cut slices at row boundaries into chunks of about `_CHUNK` bytes; the same on each rank."""
-    chunk: list[Piece] = []
-    room = _CHUNK
-    for piece in pieces:
-        rows = piece.stop - piece.first
-        if piece.nbytes == 0:
-            continue
-        row_nbytes = max(1, piece.nbytes // rows)
-        start = piece.first
-        while start < piece.stop:
-            take = min(piece.stop - start, max(1, room // row_nbytes))
-            chunk.append(Piece(info=piece.info, first=start, stop=start + take))
-            room -= take * row_nbytes
-            start += take
-            if room <= 0:
-                yield chunk
-                chunk, room = [], _CHUNK
-    if chunk:
-        yield chunk
 
 
 def _newest_first(paths: Iterable[str], registered: Sequence[str]) -> list[str]:
@@ -287,7 +259,3 @@ def _newest_first(paths: Iterable[str], registered: Sequence[str]) -> list[str]:
 
 def _name(path: str) -> str:
     return path.rpartition("/")[2]
-
-
-def _padded(nbytes: int) -> int:
-    return -(-nbytes // 64) * 64

@@ -66,7 +66,7 @@ class Resumer:
         """
         rank, stored = self.session.group.rank, restored.snapshot.world_size
         frozen = restored.snapshot.manifests[rank].frozen if rank < stored else None
-        if frozen is not None:
+        if frozen is not None and not restored.kept:
             path = f"{restored.snapshot.where}/{frozen.shard.file}"
             self.session.frozen.adopt(filesystem, path, frozen)
         if self.bundle.gradients.name in restored.parts:

@@ -11,8 +11,11 @@ import torch
 from ray_accel_ckpt.errors import ConfigurationError, StorageError
 from ray_accel_ckpt.image.frozen import FrozenShare
 from ray_accel_ckpt.image.planned import Plans
+from ray_accel_ckpt.memory import MemoryTier
 from ray_accel_ckpt.project import ProjectConfiguration
 from ray_accel_ckpt.runtime.group import Group
+from ray_accel_ckpt.runtime.kept import Kept
+from ray_accel_ckpt.runtime.memory import Memory
 from ray_accel_ckpt.runtime.ray_run import (
     RayRun,
     Registered,
@@ -36,11 +39,12 @@ class Session:
         run: the Ray Train run, or None without storage of Ray's.
         attempt: six hex digits drawn anew by each life of the group.
         seed: of data orders and augmentation.
+        memory: the memory tier, if it is wanted; None in Ray's local mode.
         timeout: seconds that passing storage errors are retried for.
 
     Raises:
         ConfigurationError: saves are wanted and there is nowhere to put them, or
-            there are two places.
+            there are two places, or a memory tier is wanted where there is no Ray.
     """
 
     def __init__(
@@ -50,6 +54,8 @@ class Session:
         seed: int | None,
         timeout: float,
         saves: bool,
+        memory: MemoryTier | None = None,
+        slots: int = 2,
     ) -> None:
         self.run: RayRun | None = current_run()
         self.project = project or ProjectConfiguration()
@@ -63,7 +69,8 @@ class Session:
         self.plans = Plans()
         self.frozen = FrozenShare()
         self.told_of_local_mode = False
-        self.saves_at_step: dict[int, int] = {}
+        self._saves_at_step: dict[int, int] = {}
+        self.memory: Memory | None = None
         self._names: AutomaticNames | None = None
         self._sweeper: Sweeper | None = None
         checkpoints = self.project.checkpoints_dir
@@ -80,6 +87,14 @@ class Session:
                 remedy="pass project_config=ProjectConfiguration('dir', "
                 "automatic_checkpoint_naming=True)",
             )
+        if memory is not None and self.run is not None:
+            self.memory = Memory(memory, self.group, self.run, slots=slots)
+        elif memory is not None and not in_local_mode():
+            raise ConfigurationError(
+                "memory= is given, but there is nobody to keep snapshots",
+                why="this process is no worker of a Ray Train run, and only Ray's nodes outlive it",
+                remedy="leave memory= out",
+            )
 
     def agree(self) -> None:
         """Take rank 0's attempt and seed. Collective the first time, nothing after that."""
@@ -95,6 +110,15 @@ class Session:
         seed = torch.initial_seed() if self._given_seed is None else self._given_seed
         self.attempt, self.seed = self.group.from_rank_zero([secrets.token_hex(3), seed])
         _ATTEMPTS.add(self.attempt)
+        if self.memory is not None:
+            self.memory.open(self.attempt)
+
+    def next_save_id(self, step: int) -> str:
+        """What names one save of a step: the attempt, and a number if it is not the first."""
+        serial = self._saves_at_step.get(step, 0)
+        # Of all steps, not of the latest: a loop may go back to an earlier one by `load_state`.
+        self._saves_at_step[step] = serial + 1
+        return self.attempt + (f"{serial:02x}" if serial else "")
 
     @cached_property
     def _project_place(self) -> tuple[Filesystem, str] | None:
@@ -122,6 +146,18 @@ class Session:
             "automatic_checkpoint_naming=True",
         )
 
+    def flush(self) -> None:
+        """Wait until what is written without Ray is where it is to be.
+
+        Raises:
+            StorageError: what a save in the background failed with.
+        """
+        try:
+            self.writer.flush()
+        finally:
+            if self.memory is not None:
+                self.memory.wait()
+
     def registered(self) -> Registered:
         """What Ray knows of the run's checkpoints; nothing without Ray.
 
@@ -136,6 +172,13 @@ class Session:
         found = self.group.agreed(lambda: run.registered() if self.group.rank == 0 else None)
         names, metrics = self.group.from_rank_zero(found and [found.names, found.metrics])
         return Registered(names=tuple(names), metrics=metrics)
+
+    def kept(self) -> Kept | None:
+        """What the memory tier has of the run; None without one. Collective."""
+        kept = None if self.memory is None else self.memory.kept()
+        # Keepers may be writing what these left: not to be swept.
+        _ATTEMPTS.update(() if kept is None else kept.attempts())
+        return kept
 
     def begin_sweeping(self, *, resumed_from: str | None, registered: str | None) -> None:
         """Let rank 0 remove, in the background, what earlier attempts left in the run."""

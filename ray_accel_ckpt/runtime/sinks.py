@@ -1,11 +1,13 @@
 """A captured bundle on its way out: this rank's rows, frozen in a slot, handed to a writer.
 
 Two ways out, one path: to Ray, which uploads in its own thread and registers
-the checkpoint, or to a directory, by a thread of ours.
+the checkpoint, or to a directory, by a thread of ours. What goes to Ray stays in
+memory too, if there is a memory tier; and between two saves something may only stay there.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -16,8 +18,12 @@ import torch
 
 from ray_accel_ckpt.errors import StateMismatchError
 from ray_accel_ckpt.image import partition
+from ray_accel_ckpt.image.frozen import FrozenShare
 from ray_accel_ckpt.image.image import Image, SaveInfo, parts_of
+from ray_accel_ckpt.image.shared import SharedSlot
 from ray_accel_ckpt.image.staging import Slot, SlotPool
+from ray_accel_ckpt.runtime.kept import SCHEME
+from ray_accel_ckpt.runtime.memory import Memory
 from ray_accel_ckpt.runtime.ray_run import RayRun, in_local_mode
 from ray_accel_ckpt.runtime.report import Metrics, plain_metrics, report
 from ray_accel_ckpt.runtime.session import Session
@@ -71,14 +77,23 @@ class Sink(Protocol):
         ...
 
 
+def memory_sink(session: Session, *, step: int) -> Sink | None:
+    """The way into memory alone for one step; None if nothing is to be kept of it."""
+    memory = session.memory
+    if memory is None:
+        return None
+    session.agree()
+    if not memory.due(step):
+        return None
+    save_id = session.next_save_id(step)
+    return MemorySink(session, memory, checkpoint_name(step, save_id), save_id)
+
+
 def sink_for(
     session: Session, output_dir: str | os.PathLike[str] | None, *, step: int
 ) -> Sink | None:
     """The way out for one save; None in Ray's local mode without a place to save to."""
-    serial = session.saves_at_step.get(step, 0)
-    # Of all steps, not of the latest: a loop may go back to an earlier one by `load_state`.
-    session.saves_at_step[step] = serial + 1
-    save_id = session.attempt + (f"{serial:02x}" if serial else "")
+    save_id = session.next_save_id(step)
     if output_dir is not None:
         filesystem, path = resolve(output_dir)
         return DirectorySink(session, filesystem, path, save_id, automatic=False)
@@ -108,9 +123,16 @@ class RaySink:
         self, moment: Moment, slots: SlotPool, *, metrics: Metrics, durable: Callable[[], None]
     ) -> None:
         plain = plain_metrics(metrics)
-        image, slot = freeze(
-            moment, slots, self._session, save_id=self._save_id, lasting=self.of_run
-        )
+        memory = self._session.memory
+        frozen = [(self._session.frozen, self.of_run)]
+        if memory is not None and memory.on:
+            memory.wait()
+            frozen.append((memory.frozen, True))
+        images, slot = freeze(moment, slots, self._session, save_id=self._save_id, frozen=frozen)
+        release = _after(len(images), lambda: slots.release(slot))
+        if memory is not None and isinstance(slot, SharedSlot):
+            for image in images[1:]:
+                memory.keep(image, slot, release=release)
 
         def after() -> None:
             durable()
@@ -118,13 +140,35 @@ class RaySink:
 
         report(
             self._run,
-            image,
+            images[0],
             directory_name=self._name,
             metrics=plain,
             timeout=self._session.timeout,
-            release=lambda: slots.release(slot),
+            release=release,
             durable=after,
         )
+
+
+class MemorySink:
+    """To the memory of the nodes, and nowhere else."""
+
+    def __init__(self, session: Session, memory: Memory, name: str, save_id: str) -> None:
+        self._session, self._memory, self._save_id = session, memory, save_id
+        self.path = f"{SCHEME}{name}"
+        # A save that the policy asks for is none the less due, and the end is not saved by it.
+        self.of_run = False
+
+    def save(
+        self, moment: Moment, slots: SlotPool, *, metrics: Metrics, durable: Callable[[], None]
+    ) -> None:
+        del metrics, durable
+        memory = self._memory
+        memory.wait()
+        (image,), slot = freeze(
+            moment, slots, self._session, save_id=self._save_id, frozen=[(memory.frozen, True)]
+        )
+        if isinstance(slot, SharedSlot):
+            memory.keep(image, slot, release=lambda: slots.release(slot))
 
 
 class DirectorySink:
@@ -159,7 +203,13 @@ class DirectorySink:
                 step=moment.step,
                 timeout=session.timeout,
             )
-        image, slot = freeze(moment, slots, session, save_id=self._save_id, lasting=self.of_run)
+        (image,), slot = freeze(
+            moment,
+            slots,
+            session,
+            save_id=self._save_id,
+            frozen=[(session.frozen, self.of_run)],
+        )
 
         def after() -> None:
             durable()
@@ -181,13 +231,25 @@ class DirectorySink:
 
 
 def freeze(
-    moment: Moment, slots: SlotPool, session: Session, *, save_id: str, lasting: bool
-) -> tuple[Image, Slot]:
+    moment: Moment,
+    slots: SlotPool,
+    session: Session,
+    *,
+    save_id: str,
+    frozen: Sequence[tuple[FrozenShare, bool]],
+) -> tuple[list[Image], Slot]:
     """Copy this rank's share into a free slot. When it returns, the state may change
     but for what is `late`: see `Slot.fill`.
 
     Asks no peer, but for the group's first save: there the digest of the plan
-    is compared once, before anything is copied.
+    is compared once, before anything is copied, and that there is memory.
+
+    Args:
+        frozen: for each place that it goes to, what is frozen there and whether that may
+            be linked to.
+
+    Returns:
+        An image for each of these places, and the slot that is the bytes of all of them.
 
     Raises:
         StateMismatchError: the workers' models differ.
@@ -198,6 +260,10 @@ def freeze(
     specs = partition.specs_of(captured, rank=rank, world_size=world_size, frozen=moment.frozen)
     planned = session.plans.of(specs, rank=rank, world_size=world_size)
     _check_plan(session, planned.digest)
+    unchanging = planned.frozen
+    if session.memory is not None:
+        still = 0 if unchanging is None else unchanging.nbytes
+        session.memory.measure(planned.layout.nbytes, still)
     info = SaveInfo(
         run=session.run.name if session.run is not None else "",
         attempt=save_id,
@@ -213,21 +279,34 @@ def freeze(
     try:
         data = slot.fill(planned.layout, tensors, late=moment.late)
         parts = parts_of(captured, rank=rank)
-        unchanging = None
-        if planned.frozen is not None:
-            unchanging = session.frozen.image(planned.frozen, tensors, lasting=lasting)
-        image = Image(
-            info=info,
-            layout=planned.layout,
-            data=data,
-            parts=parts,
-            wait=slot.copies.wait,
-            frozen=unchanging,
-        )
-        return image, slot
+        images = [
+            Image(
+                info=info,
+                layout=planned.layout,
+                data=data,
+                parts=parts,
+                wait=slot.copies.wait,
+                frozen=None
+                if unchanging is None
+                else share.image(unchanging, tensors, lasting=last),
+            )
+            for share, last in frozen
+        ]
+        return images, slot
     except BaseException:
         slots.release(slot)
         raise
+
+
+def _after(times: int, done: Callable[[], None]) -> Callable[[], None]:
+    """What is to be called so many times, on any threads, before `done` is."""
+    left = itertools.count(times - 1, -1)
+
+    def once() -> None:
+        if next(left) == 0:
+            done()
+
+    return once
 
 
 def _check_plan(session: Session, plan: str) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from ray_accel_ckpt.storage.filesystem import Entry, Filesystem
+from ray_accel_ckpt.storage.filesystem import Entry, Readable
 from ray_accel_ckpt.storage.retry import retried
 
 READ_TIMEOUT = 120.0
 """Seconds that passing errors are retried for while reading."""
 
 
-def listed(filesystem: Filesystem, directory: str, *, timeout: float = READ_TIMEOUT) -> list[Entry]:
+def listed(filesystem: Readable, directory: str, *, timeout: float = READ_TIMEOUT) -> list[Entry]:
     """What lies in a directory; nothing if it is not there.
 
     Raises:
@@ -21,7 +21,7 @@ def listed(filesystem: Filesystem, directory: str, *, timeout: float = READ_TIME
 
 
 def read_file(
-    filesystem: Filesystem, path: str, nbytes: int, *, what: str, timeout: float = READ_TIMEOUT
+    filesystem: Readable, path: str, nbytes: int, *, what: str, timeout: float = READ_TIMEOUT
 ) -> bytes:
     """A file of `nbytes`, as listed, into memory.
 

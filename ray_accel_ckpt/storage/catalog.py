@@ -21,7 +21,7 @@ from ray_accel_ckpt.image.manifest import Manifest, ShardInfo, SliceInfo, manife
 from ray_accel_ckpt.image.pieces import Piece, Staged
 from ray_accel_ckpt.image.reader import Snapshot
 from ray_accel_ckpt.storage.access import READ_TIMEOUT, listed, read_file
-from ray_accel_ckpt.storage.filesystem import Filesystem
+from ray_accel_ckpt.storage.filesystem import Readable
 from ray_accel_ckpt.storage.reference import ORIGIN, REFERENCE, read_reference
 from ray_accel_ckpt.storage.retry import retried
 
@@ -56,7 +56,7 @@ def step_of(name: str) -> int:
 
 
 def candidates(
-    filesystem: Filesystem, directory: str, *, timeout: float = READ_TIMEOUT
+    filesystem: Readable, directory: str, *, timeout: float = READ_TIMEOUT
 ) -> list[Candidate]:
     """Directories under `directory` named like checkpoints, the highest number first."""
     entries = listed(filesystem, directory, timeout=timeout)
@@ -68,9 +68,7 @@ def candidates(
     return sorted(found, key=lambda c: (c.number, c.name), reverse=True)
 
 
-def inherited(
-    filesystem: Filesystem, directory: str, *, timeout: float = READ_TIMEOUT
-) -> list[str]:
+def inherited(filesystem: Readable, directory: str, *, timeout: float = READ_TIMEOUT) -> list[str]:
     """Paths that a run in `directory` begins from, the best first; empty for most runs.
 
     The checkpoint that the run's origin names, and then, should that one be gone,
@@ -87,7 +85,7 @@ def inherited(
     return [origin, *(path for path in others if path != origin)]
 
 
-def open_snapshot(filesystem: Filesystem, path: str, *, timeout: float = READ_TIMEOUT) -> Snapshot:
+def open_snapshot(filesystem: Readable, path: str, *, timeout: float = READ_TIMEOUT) -> Snapshot:
     """Read all manifests of the checkpoint at `path` and check it for wholeness.
 
     If a reference lies there, the checkpoint that it names is opened.
@@ -145,7 +143,7 @@ def open_snapshot(filesystem: Filesystem, path: str, *, timeout: float = READ_TI
 
 
 def read_manifest(
-    filesystem: Filesystem, path: str, nbytes: int | None, *, timeout: float = READ_TIMEOUT
+    filesystem: Readable, path: str, nbytes: int | None, *, timeout: float = READ_TIMEOUT
 ) -> Manifest:
     """Read and validate one manifest of `nbytes`, as listed.
 
@@ -172,7 +170,7 @@ class ShardFetch:
     """Reads ranges of a checkpoint's shards; the `Fetch` of `image.reader`."""
 
     def __init__(
-        self, filesystem: Filesystem, snapshot: Snapshot, *, timeout: float = READ_TIMEOUT
+        self, filesystem: Readable, snapshot: Snapshot, *, timeout: float = READ_TIMEOUT
     ) -> None:
         self._filesystem = filesystem
         self._snapshot = snapshot
@@ -207,7 +205,7 @@ class ShardFetch:
 
 
 def prove_file(
-    filesystem: Filesystem,
+    filesystem: Readable,
     path: str,
     shard: ShardInfo,
     slices: Iterable[SliceInfo],
@@ -229,7 +227,7 @@ def prove_file(
     Staged(0, map(Piece.whole, slices), block=shard.block).prove(fetch, where=path)
 
 
-def _prove_header(filesystem: Filesystem, path: str, shard: ShardInfo, timeout: float) -> None:
+def _prove_header(filesystem: Readable, path: str, shard: ShardInfo, timeout: float) -> None:
     data = bytearray(shard.header_nbytes)
     _read_range(filesystem, path, 0, memoryview(data), timeout)
     if xxhash.xxh3_128_hexdigest(data) != shard.header_checksum:
@@ -242,7 +240,7 @@ def _prove_header(filesystem: Filesystem, path: str, shard: ShardInfo, timeout: 
 
 
 def _read_range(
-    filesystem: Filesystem, path: str, offset: int, into: memoryview, timeout: float
+    filesystem: Readable, path: str, offset: int, into: memoryview, timeout: float
 ) -> None:
     try:
         retried(
@@ -260,7 +258,7 @@ def _read_range(
         ) from e
 
 
-def _sizes(filesystem: Filesystem, path: str, timeout: float) -> dict[str, int | None]:
+def _sizes(filesystem: Readable, path: str, timeout: float) -> dict[str, int | None]:
     entries = listed(filesystem, path, timeout=timeout)
     return {entry.name: entry.nbytes for entry in entries}
 

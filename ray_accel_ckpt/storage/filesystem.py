@@ -34,8 +34,20 @@ class Entry:
     nbytes: int | None
 
 
-class Filesystem(Protocol):
-    """Storage as this library uses it. Errors are `OSError`s or what the client raises."""
+class Readable(Protocol):
+    """Where checkpoints can be read. Errors are `OSError`s or what the client raises."""
+
+    def read_into(self, path: str, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` from `offset` on. Raises `EOFError` if the file is too short."""
+        ...
+
+    def list(self, path: str) -> list[Entry]:
+        """What lies directly in the directory `path`; nothing if it does not exist."""
+        ...
+
+
+class Filesystem(Readable, Protocol):
+    """Storage as this library uses it."""
 
     def write(self, path: str, chunks: Iterable[memoryview | bytes]) -> None:
         """Create the file `path` of these bytes, and the directories above it.
@@ -53,14 +65,6 @@ class Filesystem(Protocol):
         object stores. Neither file changes or goes with the other. Durable when it
         returns. Where storage cannot do that, it raises, and nothing is there.
         """
-        ...
-
-    def read_into(self, path: str, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` from `offset` on. Raises `EOFError` if the file is too short."""
-        ...
-
-    def list(self, path: str) -> list[Entry]:
-        """What lies directly in the directory `path`; nothing if it does not exist."""
         ...
 
     def delete(self, path: str) -> None:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ray_accel_ckpt.errors import CorruptCheckpointError, NotACheckpointError
 from ray_accel_ckpt.storage.access import listed, read_file
-from ray_accel_ckpt.storage.filesystem import Filesystem
+from ray_accel_ckpt.storage.filesystem import Readable
 
 REFERENCE: Final = "reference.json"
 """In a directory that stands for a checkpoint."""
@@ -58,7 +58,7 @@ def decode(data: bytes, directory: str, where: str) -> str:
 
 
 def read_reference(
-    filesystem: Filesystem, directory: str, name: str = REFERENCE, *, timeout: float
+    filesystem: Readable, directory: str, name: str = REFERENCE, *, timeout: float
 ) -> str | None:
     """The path that the file `name` in `directory` names; None if there is no such file.
 
@@ -71,7 +71,7 @@ def read_reference(
     return None if nbytes is None else _read(filesystem, directory, name, nbytes, timeout)
 
 
-def _read(filesystem: Filesystem, directory: str, name: str, nbytes: int, timeout: float) -> str:
+def _read(filesystem: Readable, directory: str, name: str, nbytes: int, timeout: float) -> str:
     path = f"{directory}/{name}"
     if not 0 < nbytes <= MAX_NBYTES:
         raise _damaged(path, f"it has {nbytes} bytes, the limit is {MAX_NBYTES}")

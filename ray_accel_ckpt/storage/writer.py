@@ -40,6 +40,18 @@ def write_image(filesystem: Filesystem, directory: str, image: Image, *, timeout
     hashing = Hashing(image)
     shard = f"{directory}/{shard_name(info.rank, info.world_size)}"
     write_file(filesystem, shard, hashing.chunks, what="write a shard", timeout=timeout)
+    write_rest(filesystem, directory, image, hashing, timeout=timeout)
+
+
+def write_rest(
+    filesystem: Filesystem, directory: str, image: Image, hashing: Hashing, *, timeout: float
+) -> None:
+    """As `write_image`, of a share whose shard is there already.
+
+    Args:
+        hashing: of this image; gone through.
+    """
+    info = image.info
     frozen = None
     if image.frozen is not None:
         name = frozen_name(info.rank, info.world_size)

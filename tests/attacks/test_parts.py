@@ -16,7 +16,7 @@ from ray_accel_ckpt.errors import AccelCkptError
 from ray_accel_ckpt.image.manifest import SliceInfo
 from ray_accel_ckpt.image.pieces import Piece
 from ray_accel_ckpt.runtime import session, sinks
-from ray_accel_ckpt.runtime.restore import _chunks
+from ray_accel_ckpt.runtime.dealer import _chunks
 from ray_accel_ckpt.storage.fakes import MemoryFilesystem
 from tests.helpers_image import edited
 

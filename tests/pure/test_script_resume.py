@@ -15,7 +15,14 @@ from torch import nn
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader
 
-from ray_accel_ckpt import Checkpointer, EverySteps, ProjectConfiguration, errors, open_checkpoint
+from ray_accel_ckpt import (
+    Checkpointer,
+    EverySteps,
+    MemoryTier,
+    ProjectConfiguration,
+    errors,
+    open_checkpoint,
+)
 from ray_accel_ckpt.image import copies
 from tests.pure.helpers import (
     OPTIONS,
@@ -763,6 +770,8 @@ def test_every_steps_takes_a_positive_integer(steps: Any) -> None:
         {"storage_timeout": 0},
         {"storage_timeout": -1},
         {"storage_timeout": float("nan")},
+        {"memory": True},
+        {"memory": MemoryTier()},
     ],
 )
 def test_a_wrong_argument_is_found_at_once(tmp_path: Path, options: Any) -> None:

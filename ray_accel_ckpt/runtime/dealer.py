@@ -1,0 +1,92 @@
+"""What was read and proved, dealt out over the ranks into live tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+
+from ray_accel_ckpt.image.pieces import Piece, Staged
+from ray_accel_ckpt.runtime.destination import Destination, Wanted
+from ray_accel_ckpt.runtime.group import Group
+
+_CHUNK = 32 * 2**20
+"""Bytes of one broadcast, at most: the memory a rank needs beside its slot."""
+
+
+class Dealer:
+    """Broadcasts what all ranks need, from the rank that read it. Collective.
+
+    Args:
+        readers: by shard, the rank that read what all need of it.
+        staged: what this rank read, by shard.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        wanted: Wanted,
+        readers: Mapping[int, int],
+        staged: Mapping[int, Staged],
+        tensors: Destination,
+    ) -> None:
+        self._group, self._wanted, self._readers = group, wanted, readers
+        self._staged, self._tensors = staged, tensors
+
+    def deal(self, *, live: bool) -> None:
+        """Fill the fresh tensors, or those of live objects, from the slots of all ranks."""
+        tensors = self._tensors
+        for stored, pieces in self._wanted.own.items():
+            for piece in pieces:
+                if tensors.is_live(piece) is live:
+                    tensors.put(piece, self._staged[stored].rows(piece))
+        for stored, pieces in self._wanted.common.items():
+            chosen = [piece for piece in pieces if tensors.is_live(piece) is live]
+            for chunk in _chunks(sorted(chosen, key=lambda p: p.info.begin)):
+                self._deal_chunk(chunk, self._readers[stored], self._staged.get(stored))
+
+    def _deal_chunk(self, chunk: list[Piece], source: int, held: Staged | None) -> None:
+        group, tensors = self._group, self._tensors
+        if group.world_size == 1 and held is not None:
+            for piece in chunk:
+                tensors.put(piece, held.rows(piece))
+            return
+        buffer = torch.empty(sum(padded(p.nbytes) for p in chunk), dtype=torch.uint8)
+        views = []
+        at = 0
+        for piece in chunk:
+            views.append(piece.view(buffer[at : at + piece.nbytes]))
+            at += padded(piece.nbytes)
+        if held is not None and group.rank == source:
+            for piece, view in zip(chunk, views, strict=True):
+                view.copy_(held.rows(piece))
+        group.broadcast(buffer, source)
+        for piece, view in zip(chunk, views, strict=True):
+            tensors.put(piece, view)
+
+
+def _chunks(pieces: list[Piece]) -> Iterator[list[Piece]]:
+    """Cut slices at row boundaries into chunks of about `_CHUNK` bytes; the same on each rank."""
+    chunk: list[Piece] = []
+    room = _CHUNK
+    for piece in pieces:
+        rows = piece.stop - piece.first
+        if piece.nbytes == 0:
+            continue
+        row_nbytes = max(1, piece.nbytes // rows)
+        start = piece.first
+        while start < piece.stop:
+            take = min(piece.stop - start, max(1, room // row_nbytes))
+            chunk.append(Piece(info=piece.info, first=start, stop=start + take))
+            room -= take * row_nbytes
+            start += take
+            if room <= 0:
+                yield chunk
+                chunk, room = [], _CHUNK
+    if chunk:
+        yield chunk
+
+
+def padded(nbytes: int) -> int:
+    """Rounded up to where any dtype may begin."""
+    return -(-nbytes // 64) * 64

@@ -1,0 +1,393 @@
+"""The memory tier's actor: one a node, which outlives workers and attempts.
+
+What is kept lies in files (`shelf`); a keeper is there to do what needs somebody who
+lives on: to hand bytes to other nodes, to take in replicas, to see that a group of
+workers is gone and write its newest snapshot to storage, to remove what is no longer
+needed, and to see that the run is over and leave nothing behind.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from ray_accel_ckpt.errors import CheckpointError, NotACheckpointError
+from ray_accel_ckpt.image.manifest import parse_name
+from ray_accel_ckpt.runtime.keepers import (
+    ANSWER,
+    Held,
+    Keepers,
+    attempt_of,
+    newest_whole,
+    of_attempt,
+)
+from ray_accel_ckpt.runtime.ray_run import Controller, RayRun
+from ray_accel_ckpt.runtime.shelf import Files, Shelf
+from ray_accel_ckpt.storage.catalog import candidates, open_snapshot, step_of
+from ray_accel_ckpt.storage.writer import write_file
+
+logger = logging.getLogger(__name__)
+
+PERIOD = 1.0
+"""Seconds between two looks at what is gone."""
+
+CHUNK = 32 * 2**20
+"""Bytes that travel to another node as one object of Ray's."""
+
+WRITE_TIMEOUT = 600.0
+"""Seconds that passing errors of storage are retried for."""
+
+# Waits for the end of its input, and so for that of the process that has the other end,
+# and removes the directory then, also where nothing else could: after a SIGKILL, at the end
+# of the machine's Ray. Its parent goes at once, so that it is not ended as Ray's child.
+_GUARDIAN = """
+import os, shutil, sys
+if os.fork():
+    os._exit(0)
+os.setsid()
+sys.stdin.read()
+shutil.rmtree(sys.argv[1], ignore_errors=True)
+"""
+
+
+class Keeper:
+    """Of one node and one run. Its methods are called from other processes.
+
+    Args:
+        root: the directory in tmpfs to keep things in; made here, and removed when this
+            process ends, however it ends.
+        node: where it is, by Ray's id.
+        run: the run, to write to its storage.
+        keepers: all of the run's.
+        controller: the run's.
+    """
+
+    def __init__(
+        self, root: str, node: str, run: RayRun, keepers: Keepers, controller: Controller
+    ) -> None:
+        self._node, self._run, self._keepers = node, run, keepers
+        self._controller = controller
+        self._shelf = Shelf(root=Path(root))
+        self._shelf.make()
+        self._guardian = _guard(self._shelf.root)
+        self._lock = threading.Lock()
+        self._settling = threading.Lock()
+        self._workers: dict[str, list[int]] = {}
+        self._settled: set[str] = set()
+        self._asked: dict[str, threading.Thread] = {}
+        self._resumed: str | None = None
+        self._opened = self._attempt = ""
+        self._writing: Counter[str] = Counter()
+        threading.Thread(target=self._watch, daemon=True, name="ray_accel_ckpt-keeper").start()
+
+    # --- what workers ask for ------------------------------------------------------------
+
+    def open(self, attempt: str) -> str:
+        """A worker of a new attempt is there. Returns where this node's snapshots lie."""
+        with self._lock:
+            self._opened = attempt
+        return str(self._shelf.root)
+
+    def begin(self, attempt: str, resumed: str | None, pid: int) -> None:
+        """A worker of a new attempt goes on: what other attempts left goes, as far as it may.
+
+        Args:
+            resumed: the snapshot it began from; stays until there is a newer one.
+            pid: of the worker, on this node.
+        """
+        with self._lock:
+            # Not if it is late, and another one has come since.
+            new = attempt not in self._workers and attempt == self._opened
+            if new:
+                self._attempt, self._resumed = attempt, resumed
+            opened = _opened(pid)
+            self._workers.setdefault(attempt, []).extend([] if opened is None else [opened])
+        if new:
+            self._tidy()
+
+    # --- what other keepers and workers read ---------------------------------------------
+
+    def snapshots(self) -> dict[str, dict[str, tuple[int, int]]]:
+        """See `Shelf.snapshots`."""
+        return self._shelf.snapshots()
+
+    def files_of(self, rank: int, name: str) -> dict[str, tuple[int, int]]:
+        """See `Shelf.files_of`."""
+        return self._shelf.files_of(rank, name)
+
+    def read(self, name: str, file: str, offset: int, nbytes: int) -> np.ndarray[Any, Any]:
+        """Bytes of a file, as a uint8 array; fewer if it ends before.
+
+        Raises:
+            FileNotFoundError: it is not here.
+        """
+        path = self._shelf.path(name, file)
+        if path is None:
+            raise FileNotFoundError(f"{file} of {name} is not kept here")
+        with path.open("rb") as opened:
+            opened.seek(offset)
+            return np.fromfile(opened, dtype=np.uint8, count=nbytes)
+
+    def pull(self, node: str, rank: int, name: str) -> None:
+        """Make a replica of what the worker `rank` of another node has published."""
+        import ray
+
+        source = self._keepers.handle(node)
+        files: Files = ray.get(source.files_of.remote(rank, name))
+
+        def fetch(file: str, nbytes: int) -> Iterator[Any]:
+            ranges = [(at, min(CHUNK, nbytes - at)) for at in range(0, nbytes, CHUNK)]
+            # One is on its way while the one before is written.
+            asked = [source.read.remote(name, file, *each) for each in ranges[:1]]
+            for following in [*ranges[1:], None]:
+                arrived = asked.pop() if asked else None
+                if following is not None:
+                    asked.append(source.read.remote(name, file, *following))
+                if arrived is not None:
+                    yield ray.get(arrived)
+
+        self._shelf.receive(rank, name, files, fetch, stays=self._stays)
+
+    # --- when a group of workers is gone -------------------------------------------------
+
+    def settle(self, attempt: str) -> bool:
+        """Begin to write the newest whole snapshot of an attempt to storage, unless storage has
+        it or a newer one. Returns at once: whether all that is over. To be asked again.
+
+        One keeper does it for all, so that all write the same one.
+        """
+        with self._lock:
+            if attempt not in self._asked:
+                name = f"ray_accel_ckpt-settle-{attempt}"
+                self._asked[attempt] = threading.Thread(
+                    target=self._settle, args=(attempt,), daemon=True, name=name
+                )
+                self._asked[attempt].start()
+            return not self._asked[attempt].is_alive()
+
+    def write(self, name: str, ranks: list[int]) -> None:
+        """Write some ranks' parts of a snapshot to storage, once its workers here are gone.
+
+        Raises:
+            NotACheckpointError: not all of them are here.
+            StorageError: they cannot be written.
+        """
+        with self._in_use(name), ExitStack() as stack:
+            self._wait_for(attempt_of(name))
+            mine: dict[str, IO[bytes]] = {}
+            for file in self._shelf.snapshots().get(name, {}):
+                parsed, path = parse_name(file), self._shelf.path(name, file)
+                if parsed is not None and parsed[1] in ranks and path is not None:
+                    mine[file] = stack.enter_context(path.open("rb"))
+            have = {p[1] for file in mine if (p := parse_name(file)) and p[0] == "manifest"}
+            if have != set(ranks):
+                raise NotACheckpointError("a snapshot is gone before it was written", where=name)
+            # Manifests last, as ever.
+            for file in sorted(mine, key=lambda file: (file.startswith("manifest-"), file)):
+                write_file(
+                    self._run.filesystem,
+                    f"{self._run.path}/{name}/{file}",
+                    lambda opened=mine[file]: _chunks(opened),  # type: ignore[misc]
+                    what="write a snapshot that was kept in memory",
+                    timeout=WRITE_TIMEOUT,
+                )
+
+    def _settle(self, attempt: str) -> None:
+        try:
+            with self._settling:
+                for _ in range(3):
+                    name = newest_whole(self._keepers.held(), of_attempt(attempt))
+                    if name is None or self._in_storage(step_of(name)):
+                        return
+                    logger.warning("%s was not saved, and its workers are gone: saving it", name)
+                    self._write_all(name)
+            logger.warning("%s could not be saved, though it was kept in memory", name)
+        except Exception:
+            # Of storage or of Ray; there is nobody to tell.
+            logger.exception("what attempt %s kept in memory was not saved", attempt)
+
+    def _write_all(self, name: str) -> None:
+        """Have all write their part of a snapshot. What came of it is seen in storage."""
+        import ray
+
+        handles = self._keepers.handles()
+        writes = [
+            handles[node].write.remote(name, ranks)
+            for node, ranks in _dealt(self._keepers.held(), name).items()
+            if node in handles
+        ]
+        for write in writes:
+            try:
+                ray.get(write)
+            except ray.exceptions.RayError as e:
+                logger.warning("a part of %s could not be saved: %s", name, e)
+
+    def _in_storage(self, step: int) -> bool:
+        """Whether there is a whole checkpoint of this step or a later one."""
+        filesystem = self._run.filesystem
+        for candidate in candidates(filesystem, self._run.path):
+            if candidate.number < step:
+                return False
+            try:
+                open_snapshot(filesystem, candidate.path)
+            except CheckpointError:
+                continue
+            return True
+        return False
+
+    # --- looking after things ------------------------------------------------------------
+
+    def _watch(self) -> None:
+        pause = threading.Event()
+        while not pause.wait(PERIOD):
+            try:
+                self._look()
+            except Exception:
+                # Of Ray: the next look may do better, and nobody else looks.
+                logger.exception("snapshots in memory could not be looked after")
+
+    def _look(self) -> None:
+        ended = self._controller.has_ended()
+        with self._lock:
+            gone = [a for a, opened in self._workers.items() if not any(map(_runs, opened))]
+            running = len(self._workers) - len(gone)
+        if ended and not running:
+            # Of others' too: a keeper that only has replicas is asked for them.
+            gone += [attempt_of(name) for name in self._shelf.snapshots()]
+        unsettled = [attempt for attempt in dict.fromkeys(gone) if attempt not in self._settled]
+        for attempt in unsettled:
+            if self._is_settled(attempt):
+                self._forget(attempt)
+        if not ended:
+            self._tidy()
+        elif not running and not unsettled and not self._writing:
+            self._leave()
+
+    def _is_settled(self, attempt: str) -> bool:
+        """Ask the first keeper that lives to settle an attempt: which one that is, all agree."""
+        import ray
+
+        for node, handle in sorted(self._keepers.handles().items()):
+            if node == self._node:
+                return self.settle(attempt)
+            try:
+                return bool(ray.get(handle.settle.remote(attempt), timeout=ANSWER))
+            except ray.exceptions.ActorDiedError:
+                continue
+            except ray.exceptions.RayError as e:
+                logger.warning("the keeper of node %s does not answer: %s", node[:8], e)
+                return False
+        return True
+
+    def _forget(self, attempt: str) -> None:
+        with self._lock:
+            self._settled.add(attempt)
+            for opened in self._workers.get(attempt, ()):
+                os.close(opened)
+            if attempt in self._workers:
+                self._workers[attempt] = []
+
+    def _wait_for(self, attempt: str) -> None:
+        pause = threading.Event()
+        while True:
+            with self._lock:
+                if not any(map(_runs, self._workers.get(attempt, ()))):
+                    return
+            pause.wait(PERIOD / 10)
+
+    def _tidy(self) -> None:
+        """Remove what attempts before the present one left, if it is not needed any more."""
+        with self._lock:
+            attempt, attempts = self._attempt, {self._attempt, self._opened}
+            unsettled = self._workers.keys() - self._settled - {attempt}
+        if not attempt:
+            return
+        needed: set[str | None] = set()
+        if any(attempt_of(name) != attempt for name in self._shelf.snapshots()):
+            held = self._keepers.held()
+            needed = {newest_whole(held, of_attempt(each)) for each in unsettled}
+            if newest_whole(held, of_attempt(attempt)) is not None:
+                self._resumed = None
+        self._shelf.keep(
+            lambda name: attempt_of(name) in attempts or name in needed or self._stays(name),
+            attempts=attempts,
+        )
+
+    def _stays(self, name: str) -> bool:
+        """Whether a snapshot of an attempt before is needed yet."""
+        return name == self._resumed or name in self._writing
+
+    @contextmanager
+    def _in_use(self, name: str) -> Iterator[None]:
+        with self._lock:
+            self._writing[name] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._writing[name] -= 1
+                # Without those that are 0.
+                self._writing = +self._writing
+
+    def _leave(self) -> None:
+        import ray
+
+        self._shelf.clear()
+        ray.kill(self._keepers.handle(self._node))
+
+
+def _dealt(held: Held, name: str) -> dict[str, list[int]]:
+    """Which keeper writes which ranks' parts of a snapshot."""
+    writers: dict[int, str] = {}
+    for node in sorted(held):
+        for file in held[node].get(name, ()):
+            parsed = parse_name(file)
+            if parsed is not None:
+                writers.setdefault(parsed[1], node)
+    return {
+        node: sorted(r for r, n in writers.items() if n == node) for node in set(writers.values())
+    }
+
+
+def _chunks(file: IO[bytes]) -> Iterator[bytes]:
+    file.seek(0)
+    while chunk := file.read(CHUNK):
+        yield chunk
+
+
+def _opened(pid: int) -> int | None:
+    """A descriptor of a process, which stays its own when the number is another's."""
+    try:
+        return os.pidfd_open(pid)
+    except ProcessLookupError:
+        return None
+
+
+def _runs(descriptor: int) -> bool:
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return not poll.poll(0)
+
+
+def _guard(root: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-S", "-E", "-c", _GUARDIAN, str(root)]
+    guardian = subprocess.Popen(  # noqa: S603
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd="/",
+    )
+    guardian.wait()
+    return guardian

@@ -1,0 +1,298 @@
+"""The memory tier as a worker sees it: its part of each snapshot, and what is left of others."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from ray_accel_ckpt.errors import AccelCkptError
+from ray_accel_ckpt.image.frozen import FrozenShare
+from ray_accel_ckpt.image.image import Hashing, Image
+from ray_accel_ckpt.image.manifest import shard_name
+from ray_accel_ckpt.image.shared import SharedSlot
+from ray_accel_ckpt.image.staging import SlotPool
+from ray_accel_ckpt.memory import MemoryTier
+from ray_accel_ckpt.runtime.group import Group
+from ray_accel_ckpt.runtime.keeper import Keeper
+from ray_accel_ckpt.runtime.keepers import NAMESPACE, Held, Keepers
+from ray_accel_ckpt.runtime.kept import Kept, held_of
+from ray_accel_ckpt.runtime.ray_run import Controller, RayRun
+from ray_accel_ckpt.runtime.shelf import KEPT, Shelf
+from ray_accel_ckpt.storage.catalog import checkpoint_name
+from ray_accel_ckpt.storage.filesystem import LocalFilesystem
+from ray_accel_ckpt.storage.writer import write_rest
+
+logger = logging.getLogger(__name__)
+
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  (it is tmpfs that is wanted, and the root is 0700)
+
+REPLICATE = 120.0
+"""Seconds that another node has to make a replica. Training may wait for it."""
+
+CALLS = 128
+"""Calls that a keeper serves at a time: more than ranks of other nodes that replicate to it."""
+
+START = 120.0
+"""Seconds that a keeper has to start: a process that imports torch."""
+
+
+class Memory:
+    """One worker's part of the memory tier.
+
+    Methods that say so are collective: all ranks call them, in the same order.
+
+    Attributes:
+        slots: what to freeze into.
+        frozen: of what this process has kept.
+        on: from `open` on, unless one of the nodes cannot hold its part.
+    """
+
+    def __init__(self, tier: MemoryTier, group: Group, run: RayRun, *, slots: int) -> None:
+        self.slots = SlotPool(slots, kept=KEPT, make=self._slot)
+        self.frozen = FrozenShare()
+        self._tier, self._group, self._run = tier, group, run
+        self._own_copies = slots + KEPT
+        self._attempt = ""
+        self.on = self._begun = self._measured = False
+        self._shelf = Shelf(root=SHARED_MEMORY)
+        self._controller = Controller.current()
+        self._keepers = Keepers.of(run.path, self._controller.id)
+        self._node = ""
+        self._keeper: Any = None
+        self._nodes: list[str] = []
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ray_accel_ckpt-memory")
+        self._last: Future[None] | None = None
+        self._told: set[str] = set()
+
+    def due(self, global_step: int) -> bool:
+        """Whether a snapshot is to be taken after this step: the same on every rank."""
+        return self.on and self._tier.due(global_step)
+
+    # --- beginning ---------------------------------------------------------------------
+
+    def open(self, attempt: str) -> None:
+        """See that there is a keeper on each node. Collective the first time, then nothing."""
+        if self._attempt:
+            return
+        import ray
+
+        self._attempt = attempt
+        self._node = ray.get_runtime_context().get_node_id()
+        problem = self._start()
+        told = self._group.gather([self._node, problem])
+        self._nodes = [node for node, _ in told]
+        problems = [f"node {node[:8]}: {each}" for node, each in told if each is not None]
+        self.on = not problems
+        if problems:
+            self._turn_off("; ".join(dict.fromkeys(problems)))
+
+    def kept(self) -> Kept | None:
+        """What is there to go on from. Collective, after `open`."""
+        if not self.on:
+            return None
+        told = self._group.from_rank_zero(self._held() if self._group.rank == 0 else None)
+        return Kept(self._run.name, str(self._shelf.root), self._keepers, held_of(told))
+
+    def begin(self, resumed: str | None) -> None:
+        """Tell the keeper that this worker goes on: what it does not go on from may go.
+
+        Args:
+            resumed: the name of the snapshot that was loaded, if it was one of those kept.
+        """
+        if self.on and not self._begun:
+            self._begun = True
+            import ray
+
+            begin = self._keeper.begin.remote(self._attempt, resumed, os.getpid())
+            try:
+                ray.get(begin, timeout=START)
+            except ray.exceptions.RayError as e:
+                self._warn(f"this worker's snapshots are not looked after: {e}")
+
+    def measure(self, nbytes: int, frozen: int) -> None:
+        """See that there is room for such shares. Collective the first time, then nothing.
+
+        Args:
+            nbytes: of this rank's share that change,
+            frozen: and of those that do not: all snapshots have the same file of them.
+        """
+        if self._measured:
+            return
+        self._measured = True
+        self.begin(None)
+        if not self.on:
+            return
+        free = self._free()
+        told = self._group.gather([nbytes, frozen, free])
+        needed: dict[str, int] = defaultdict(int)
+        for node, (changing, still, _) in zip(self._nodes, told, strict=True):
+            # Of what does not change, another one may come before the one before is gone.
+            needed[node] += self._own_copies * changing + 2 * still
+            for peer in self._peers(node):
+                needed[peer] += (KEPT + 1) * changing + 2 * still
+        short = {
+            node: f"node {node[:8]} has {_gb(free)} for it and needs {_gb(needed[node])}"
+            for node, (_, _, free) in zip(self._nodes, told, strict=True)
+            if free < needed[node]
+        }
+        if short:
+            self._turn_off(f"{SHARED_MEMORY} is too small: {'; '.join(short.values())}")
+        elif self._group.rank == 0:
+            self._say(max(needed.values()))
+
+    # --- keeping -----------------------------------------------------------------------
+
+    def wait(self) -> None:
+        """Wait until the snapshot before is kept, where it is to be kept, or could not be."""
+        if self._last is not None:
+            self._last.result()
+
+    def keep(self, image: Image, slot: SharedSlot, *, release: Callable[[], None]) -> None:
+        """Publish an image that was frozen into one of `slots`, in the background.
+
+        Args:
+            release: called when the slot may be filled with something newer.
+        """
+        if not self.on:
+            release()
+            return
+        self._last = self._writer.submit(self._publish, image, slot, release)
+
+    def _publish(self, image: Image, slot: SharedSlot, release: Callable[[], None]) -> None:
+        info = image.info
+        name = checkpoint_name(info.step, info.attempt)
+        directory = self._shelf.own(info.rank, name)
+        try:
+            image.wait()
+            hashing = Hashing(image)
+            for _ in hashing.chunks():
+                pass
+            if slot.publish(directory, shard_name(info.rank, info.world_size)):
+                write_rest(LocalFilesystem(), str(directory), image, hashing, timeout=1.0)
+                self._replicate(info.rank, name)
+        except (AccelCkptError, OSError) as e:
+            # Training goes on: it has lost nothing but a chance.
+            slot.withdraw()
+            self._warn(f"a snapshot is not kept in memory: {type(e).__name__}: {e}")
+        finally:
+            release()
+
+    def _replicate(self, rank: int, name: str) -> None:
+        import ray
+
+        asked = {}
+        for node in self._peers(self._node):
+            try:
+                asked[node] = self._keepers.handle(node).pull.remote(self._node, rank, name)
+            except ValueError as e:
+                self._warn(f"node {node[:8]} keeps no replicas: {e}")
+        for node, pulled in asked.items():
+            try:
+                ray.get(pulled, timeout=REPLICATE)
+            except ray.exceptions.RayError as e:
+                self._warn(f"node {node[:8]} has no replica of a snapshot: {type(e).__name__}: {e}")
+
+    # --- inside ------------------------------------------------------------------------
+
+    def _held(self) -> Held:
+        import ray
+
+        try:
+            return self._keepers.held()
+        except ray.exceptions.RayError as e:
+            # Told as nothing, not raised: the others wait for the answer.
+            self._warn(f"what is kept in memory cannot be asked for: {e}")
+            return {}
+
+    def _free(self) -> int:
+        """Bytes of shared memory that this worker's node has for the run.
+
+        Ray's object store is in it too, and takes its memory when it is used: what it may
+        take is not free.
+        """
+        import ray
+
+        nodes = [node for node in ray.nodes() if node["NodeID"] == self._node]
+        objects = sum(int(node["Resources"].get("object_store_memory", 0)) for node in nodes)
+        free = shutil.disk_usage(SHARED_MEMORY).free
+        return max(0, free - objects + self._shelf.taken(self._attempt))
+
+    def _slot(self, number: int) -> SharedSlot:
+        def place() -> Path | None:
+            return self._shelf.slot(self._attempt, self._group.rank, number) if self.on else None
+
+        return SharedSlot(place)
+
+    def _peers(self, node: str) -> Sequence[str]:
+        """The nodes that have copies of what a node has: the next ones in the order of ranks."""
+        nodes = list(dict.fromkeys(self._nodes))
+        at = nodes.index(node)
+        return [*nodes[at + 1 :], *nodes[:at]][: self._tier.replicas]
+
+    def _start(self) -> str | None:
+        """Find this node's keeper, or make it. Returns why there can be none."""
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        if not SHARED_MEMORY.is_dir():
+            return f"there is no {SHARED_MEMORY} here"
+        root = SHARED_MEMORY / f"ray_accel_ckpt-{self._keepers.key}-{self._node[:12]}"
+        try:
+            # What keepers know the death of a worker by; Linux has it since 5.3.
+            os.close(os.pidfd_open(os.getpid()))
+            self._keeper = (
+                ray.remote(Keeper)
+                .options(
+                    name=self._keepers.name(self._node),
+                    namespace=NAMESPACE,
+                    lifetime="detached",
+                    get_if_exists=True,
+                    num_cpus=0,
+                    max_concurrency=CALLS,
+                    scheduling_strategy=NodeAffinitySchedulingStrategy(self._node, soft=False),
+                )
+                .remote(str(root), self._node, self._run, self._keepers, self._controller)
+            )
+            self._shelf = Shelf(
+                root=Path(ray.get(self._keeper.open.remote(self._attempt), timeout=START))
+            )
+        except (ray.exceptions.RayError, OSError, AttributeError) as e:
+            return f"{type(e).__name__}: {e}"
+        return None
+
+    def _turn_off(self, why: str) -> None:
+        self.on = False
+        self.slots.keep_nothing()
+        if self._group.rank == 0:
+            logger.warning(
+                "no snapshots are kept in memory, and a restart reads storage: %s. In Kubernetes, "
+                "mount an emptyDir with medium: Memory at %s, and count it in the memory limit",
+                why,
+                SHARED_MEMORY,
+            )
+
+    def _say(self, nbytes: int) -> None:
+        logger.info(
+            "keeping a snapshot in memory every %d steps, a copy of each node's part on %d of %d "
+            "other nodes; this takes up to %s of %s on a node",
+            self._tier.every_steps,
+            len(self._peers(self._node)),
+            len(set(self._nodes)) - 1,
+            _gb(nbytes),
+            SHARED_MEMORY,
+        )
+
+    def _warn(self, message: str) -> None:
+        if message not in self._told:
+            self._told.add(message)
+            logger.warning("%s", message)
+
+
+def _gb(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB"
