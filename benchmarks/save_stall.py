@@ -1,9 +1,9 @@
 """How long saving stalls training, and how long until it is durable, beside other ways of saving.
 
-Two processes (gloo, on the host) hold one data parallel model with Adam. Each
+Some processes (gloo, on the host) hold one data parallel model with Adam. Each
 method saves model and optimizer, in turn, several times over:
 
-    python benchmarks/save_stall.py --megabytes 600 --rounds 5
+    python benchmarks/save_stall.py --megabytes 600 --workers 2 --rounds 5
 
 See benchmarks/README.md for what is measured.
 """
@@ -27,16 +27,18 @@ from typing import Any
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the host only, on any machine
 
+import psutil
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
 from benchmarks.common import WIDTH, machine, network, spread
 from ray_accel_ckpt import Checkpointer, EverySteps, ProjectConfiguration
 
-WORLD_SIZE = 2
+STEPS = 3
+"""Of training, timed with and without a save under way."""
 
 # Begins a save into a directory. When it returns, training would go on; what it
 # returns is called to wait for the rest.
@@ -96,7 +98,8 @@ class RawCopy:
         tensors = list(training.bare.parameters())
         for state in training.optimizer.state.values():
             tensors += [state["exp_avg"], state["exp_avg_sq"]]
-        self._mine = [t.detach().view(-1) for t in tensors[dist.get_rank() :: WORLD_SIZE]]
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        self._mine = [t.detach().view(-1) for t in tensors[rank::world_size]]
         self._buffer = torch.zeros(sum(t.numel() for t in self._mine))
 
     def copy(self, directory: Path) -> Callable[[], object]:
@@ -142,9 +145,30 @@ def dcp_save(training: Training) -> Save:
     return save
 
 
-def dcp_async_save(training: Training) -> Save:
+def dcp_async_save(training: Training, kind: AsyncCheckpointerType) -> Save:
     def save(directory: Path) -> Callable[[], object]:
-        future: Any = dcp.async_save(state_of(training), checkpoint_id=directory)
+        future: Any = dcp.async_save(
+            state_of(training), checkpoint_id=directory, async_checkpointer_type=kind
+        )
+        return lambda: future.result()
+
+    return save
+
+
+def torch_checkpointing_save(training: Training) -> Save:
+    """Rank 0 saves all, as in its guide for state that is the same everywhere; staged at once,
+    which is what it can do on the host."""
+    from torch_checkpointing import CheckpointManager
+    from torch_checkpointing.config import AsyncCheckpointSaverConfig
+    from torch_checkpointing.staging import CheckpointStagerConfig
+
+    staging = CheckpointStagerConfig(use_async_staging=False)
+    manager = CheckpointManager.Config(
+        save=AsyncCheckpointSaverConfig(staging_config=staging)
+    ).build()
+
+    def save(directory: Path) -> Callable[[], object]:
+        future: Any = manager.save(str(directory), state_of(training))
         return lambda: future.result()
 
     return save
@@ -178,8 +202,13 @@ def methods_for(training: Training) -> list[Method]:
         Method(name="ray_accel_ckpt, overlap", fsync=True, save=ours(training.overlapping)),
         Method(name="torch.save on rank 0", fsync=False, save=torch_save(training)),
         Method(name="DCP save", fsync=True, save=dcp_save(training)),
-        Method(name="DCP async_save", fsync=True, save=dcp_async_save(training)),
     ]
+    for kind in AsyncCheckpointerType:
+        saving = dcp_async_save(training, kind)
+        methods.append(Method(name=f"DCP async_save, {kind.value}", fsync=True, save=saving))
+    if importlib.util.find_spec("torch_checkpointing") is not None:
+        saving = torch_checkpointing_save(training)
+        methods.append(Method(name="torch_checkpointing", fsync=False, save=saving))
     if importlib.util.find_spec("accelerate") is not None:
         saving = accelerate_save_state(training)
         methods.append(Method(name="Accelerate save_state", fsync=False, save=saving))
@@ -191,27 +220,66 @@ def methods_for(training: Training) -> list[Method]:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """Seconds, the slowest rank's, and bytes that lay in the directory."""
+    """Seconds, the slowest rank's; of the CPU, all ranks'; and bytes that lay in the directory."""
 
     blocked: float
     done: float
+    cpu: float
     nbytes: int
+    inflation: float
 
 
-def measure(method: Method, directory: Path) -> Measured:
+def measure(method: Method, directory: Path, training: Training) -> Measured:
     dist.barrier()
+    cpu = cpu_seconds()
     begin = time.perf_counter()
     rest = method.save(directory)
     blocked = time.perf_counter() - begin
     rest()
-    slowest = torch.tensor([blocked, time.perf_counter() - begin], dtype=torch.float64)
-    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+    done = time.perf_counter() - begin
+    cpu = cpu_seconds() - cpu
     nbytes = sum(path.stat().st_size for path in files_under(directory))
+    clear(directory)
+    without = step(training)
+    rest = method.save(directory)
+    during = step(training)
+    rest()
+    clear(directory)
+    slowest = torch.tensor([blocked, done, during / without], dtype=torch.float64)
+    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+    total = torch.tensor([cpu], dtype=torch.float64)
+    dist.all_reduce(total)
+    return Measured(
+        blocked=float(slowest[0]),
+        done=float(slowest[1]),
+        cpu=float(total),
+        nbytes=nbytes,
+        inflation=float(slowest[2]),
+    )
+
+
+def step(training: Training) -> float:
+    """Seconds of some steps of training."""
+    begin = time.perf_counter()
+    for _ in range(STEPS):
+        training.model(torch.ones(8, WIDTH)).sum().backward()
+        training.optimizer.step()
+        training.optimizer.zero_grad()
+    return time.perf_counter() - begin
+
+
+def cpu_seconds() -> float:
+    """Of this process and of those it has started and that live."""
+    me = psutil.Process()
+    times = [process.cpu_times() for process in (me, *me.children(recursive=True))]
+    return sum(each.user + each.system for each in times)
+
+
+def clear(directory: Path) -> None:
     dist.barrier()
     if dist.get_rank() == 0:
         shutil.rmtree(directory, ignore_errors=True)
     dist.barrier()
-    return Measured(blocked=float(slowest[0]), done=float(slowest[1]), nbytes=nbytes)
 
 
 def files_under(directory: Path) -> Iterator[Path]:
@@ -225,20 +293,23 @@ def worker(rank: int, args: argparse.Namespace, port: int) -> None:
         "MASTER_PORT": str(port),
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(WORLD_SIZE),
-        "LOCAL_WORLD_SIZE": str(WORLD_SIZE),
+        "WORLD_SIZE": str(args.workers),
+        "LOCAL_WORLD_SIZE": str(args.workers),
     }
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // WORLD_SIZE))
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.workers))
     dist.init_process_group("gloo")
     directory = Path(args.directory, "checkpoint")
     training = train(args.megabytes, directory)
-    assert isinstance(training.model, DistributedDataParallel)
     methods = methods_for(training)
+    if args.only is not None:
+        print_peak(args.only, methods, directory)
+        dist.destroy_process_group()
+        return
     found: dict[str, list[Measured]] = {method.name: [] for method in methods}
     # Round 0 makes buffers and imports what is imported late. It is not counted.
     for number in range(args.rounds + 1):
         for method in random.Random(number).sample(methods, len(methods)):
-            measured = measure(method, directory)
+            measured = measure(method, directory, training)
             if number > 0:
                 found[method.name].append(measured)
     if rank == 0:
@@ -251,18 +322,46 @@ def worker(rank: int, args: argparse.Namespace, port: int) -> None:
 
 def print_table(methods: list[Method], found: dict[str, list[Measured]]) -> None:
     fsync = {True: "yes", False: "no", None: "-"}
-    print(f"{'':32}{'blocked, ms':>26}{'until done, ms':>26}{'fsync':>7}{'MB':>8}")
+    print(
+        f"{'':32}{'blocked, ms':>26}{'until done, ms':>26}{'CPU, s':>8}{'steps':>8}{'fsync':>7}"
+        f"{'MB':>8}"
+    )
     for method in methods:
         rounds = found[method.name]
         blocked = spread([each.blocked for each in rounds])
         done = spread([each.done for each in rounds])
         written = statistics.median(each.nbytes for each in rounds) / 1e6
+        cpu = statistics.median(each.cpu for each in rounds)
+        inflation = statistics.median(each.inflation for each in rounds)
         print(
-            f"{method.name:32}{blocked:>26}{done:>26}{fsync[method.fsync]:>7}{written:>8.1f}",
+            f"{method.name:32}{blocked:>26}{done:>26}{cpu:>8.2f}{inflation:>7.2f}x"
+            f"{fsync[method.fsync]:>7}{written:>8.1f}",
             flush=True,
         )
-    if not any(method.name.startswith("Accelerate") for method in methods):
-        print("Accelerate is not installed: left out")
+
+
+def print_peak(name: str, methods: list[Method], directory: Path) -> None:
+    """Memory that three saves of one method take at most, in a process that did nothing else."""
+    method = next(method for method in methods if method.name == name)
+    children = psutil.Process().children(recursive=True)
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    for _ in range(3):
+        method.save(directory)()
+        clear(directory)
+    peak = torch.tensor([resident("VmHWM") - before], dtype=torch.float64)
+    dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+    if dist.get_rank() == 0:
+        more = f", and {len(children)} processes more" if children else ""
+        print(
+            f"{name:32}{float(peak) / 1e6:>10.0f} MB of the rank that takes most{more}", flush=True
+        )
+
+
+def resident(field: str) -> int:
+    """A field of /proc/self/status, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def free_port() -> int:
@@ -277,6 +376,8 @@ def main() -> None:
         "--megabytes", type=float, default=600, help="parameters and Adam's state (default: 600)"
     )
     parser.add_argument("--rounds", type=int, default=5, help="rounds that count (default: 5)")
+    parser.add_argument("--workers", type=int, default=2, help="processes (default: 2)")
+    parser.add_argument("--only", help="the name of one method: tell what memory it takes")
     parser.add_argument("--directory", help="where to save (default: a new one in /var/tmp)")
     args = parser.parse_args()
     if args.rounds < 1 or args.megabytes <= 0:
@@ -285,13 +386,13 @@ def main() -> None:
     os.makedirs(parent, exist_ok=True)
     args.directory = tempfile.mkdtemp(prefix="save_stall-", dir=parent)
     print(
-        f"{machine(Path(args.directory))}; {WORLD_SIZE} processes, "
+        f"{machine(Path(args.directory))}; {args.workers} processes, "
         f"{args.megabytes:g} MB of parameters and Adam's state, {args.rounds} rounds",
         flush=True,
     )
     print("median (min-max) of the slowest rank", flush=True)
     try:
-        torch.multiprocessing.spawn(worker, args=(args, free_port()), nprocs=WORLD_SIZE)
+        torch.multiprocessing.spawn(worker, args=(args, free_port()), nprocs=args.workers)
     finally:
         shutil.rmtree(args.directory, ignore_errors=True)
 
