@@ -15,8 +15,7 @@ import time
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -31,8 +30,7 @@ _SMALL = 64 * 2**10
 """Bytes of a tensor below which handing it on costs more than copying it."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Copy:
+class Copy(NamedTuple):
     """One tensor's rows and their place in a slot.
 
     Attributes:
@@ -88,7 +86,7 @@ class Copies:
             self._judged.set()
 
     def _begin(self, now: Sequence[Copy]) -> None:
-        _run(now)
+        _run_at_once(now)
         self._lanes += [_Enqueued(device) for device in _devices(now)]
         streamed = _devices(self._later)
         self._lanes += [_Stream(device, _on(device, self._later)) for device in streamed]
@@ -201,6 +199,15 @@ class _Lane(Protocol):
 def _run(copies: Sequence[Copy]) -> None:
     for copy in copies:
         copy.run()
+
+
+def _run_at_once(copies: Sequence[Copy]) -> None:
+    """In one call: of many small tensors, calls cost more than copying."""
+    if copies:
+        streamed = any(copy.source.device.type in _STREAMED for copy in copies)
+        targets, sources = [c.target for c in copies], [c.source for c in copies]
+        with torch.no_grad():
+            torch._foreach_copy_(targets, sources, non_blocking=streamed)
 
 
 class _Enqueued:

@@ -151,9 +151,11 @@ def encode(manifest: Manifest) -> bytes:
     Raises:
         UnsupportedStateError: it would be too long to be read again.
     """
-    unknown = {"frozen"} if manifest.version == 2 else None
-    content = manifest.model_dump(mode="python", exclude=unknown)
-    text = json.dumps(content, separators=(",", ":"), allow_nan=False)
+    content = dict(vars(manifest))
+    if manifest.version == 2:
+        del content["frozen"]
+    # `vars` for the models within: pydantic's own dump looks at each value of all parts.
+    text = json.dumps(content, separators=(",", ":"), allow_nan=False, default=vars)
     body = text.encode("ascii")
     if len(body) > MAX_NBYTES - 64:
         largest = max(manifest.parts, key=lambda name: len(json.dumps(manifest.parts[name].value)))
@@ -279,7 +281,7 @@ def _check_slice(info: SliceInfo, block: int, where: str) -> None:
         raise _corrupt(where, f"tensor {name!r} has a shape beyond any memory")
     if info.begin % dtype.itemsize:
         raise _corrupt(where, f"tensor {name!r} is not aligned to its dtype")
-    shared = Scope(info.scope) in (Scope.REPLICATED, Scope.SHARDED)
+    shared = info.scope in (Scope.REPLICATED, Scope.SHARDED)
     if not shared and info.sizes != info.shape:
         raise _corrupt(where, f"tensor {name!r} is cut, but not shared")
     if len(info.blocks) != -(-nbytes // block):

@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 import xxhash
@@ -44,6 +45,16 @@ class TensorSpec:
     peers: tuple[int, ...]
     layout: str = ""
     frozen: bool = False
+
+    def fits(self, tensor: torch.Tensor, scope: Scope, *, frozen: bool) -> bool:
+        """Whether this is certainly what is held of a tensor: of a sharded one nobody knows."""
+        return (
+            scope is not Scope.SHARDED
+            and self.scope is scope
+            and self.dtype is tensor.dtype
+            and self.shape == tensor.shape
+            and self.frozen is frozen
+        )
 
     @property
     def row_nbytes(self) -> int:
@@ -79,11 +90,13 @@ def specs_of(
     rank: int,
     world_size: int,
     frozen: Collection[str] = (),
+    known: Mapping[str, TensorSpec] = MappingProxyType({}),
 ) -> list[TensorSpec]:
     """Every tensor of a captured bundle as `rank` holds it, by name.
 
     Args:
         frozen: names of those that do not change from save to save.
+        known: what came out for an earlier bundle of the same ranks; used where it fits.
 
     Raises:
         UnsupportedStateError: a dtype, a name, a shape or a way of sharding
@@ -92,9 +105,12 @@ def specs_of(
     specs = []
     for part in captured.values():
         for name, tensor in part.tensors.items():
-            _refuse_unsupported(name, tensor)
             scope, still = part.scopes[name], name in frozen
-            specs.append(spec_of(name, tensor, scope, rank, world_size, frozen=still))
+            spec = known.get(name)
+            if spec is None or not spec.fits(tensor, scope, frozen=still):
+                _refuse_unsupported(name, tensor)
+                spec = spec_of(name, tensor, scope, rank, world_size, frozen=still)
+            specs.append(spec)
     return sorted(specs, key=lambda spec: spec.name)
 
 

@@ -81,7 +81,8 @@ class Piece:
 
     @property
     def _row_nbytes(self) -> int:
-        return (self.info.end - self.info.begin) // max(1, self.info.box.rows)
+        rows = self.info.sizes[0] if self.info.sizes else 1
+        return (self.info.end - self.info.begin) // max(1, rows)
 
 
 class Staged:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Mapping
 from functools import cached_property
 
 from ray_accel_ckpt.image import partition, shard
 from ray_accel_ckpt.image.partition import Slice, TensorSpec
 from ray_accel_ckpt.image.shard import Layout
+from ray_accel_ckpt.state.part import Captured
 
 
 class Planned:
@@ -43,9 +44,23 @@ class Plans:
 
     def __init__(self) -> None:
         self._last: Planned | None = None
+        self._specs: dict[str, TensorSpec] = {}
 
-    def of(self, specs: Iterable[TensorSpec], *, rank: int, world_size: int) -> Planned:
-        given = list(specs)
-        if self._last is None or self._last.key != (given, rank, world_size):
-            self._last = Planned(given, rank=rank, world_size=world_size)
-        return self._last
+    def of(
+        self,
+        captured: Mapping[str, Captured],
+        *,
+        rank: int,
+        world_size: int,
+        frozen: Collection[str] = (),
+    ) -> Planned:
+        """Raises as `partition.specs_of` does."""
+        last = self._last
+        known = {} if last is None or last.key[1:] != (rank, world_size) else self._specs
+        specs = partition.specs_of(
+            captured, rank=rank, world_size=world_size, frozen=frozen, known=known
+        )
+        if last is None or last.key != (specs, rank, world_size):
+            self._last = last = Planned(specs, rank=rank, world_size=world_size)
+            self._specs = {spec.name: spec for spec in specs}
+        return last

@@ -75,7 +75,7 @@ class Snapshot:
 
     def _place(self, located: Located, rank: int) -> None:
         info = located.info
-        if Scope(info.scope) is Scope.PER_RANK:
+        if info.scope == Scope.PER_RANK.value:
             self.own[rank][info.name] = located
         else:
             self.shared.setdefault(info.name, []).append(located)
@@ -137,7 +137,7 @@ class Snapshot:
             tensors[ref] = SavedTensor(
                 dtype=dtype_of(info),
                 shape=tuple(info.shape),
-                sharded=any(Scope(p.info.scope) is Scope.SHARDED for p in pieces),
+                sharded=any(p.info.scope == Scope.SHARDED.value for p in pieces),
             )
         return SavedPart(
             kind=part.kind, value=part.value, tensors=tensors, omitted=tuple(part.omitted)

@@ -98,6 +98,7 @@ class SharedSlot(Slot):
         self._descriptor = os.open(path, flags, 0o600)
         self._path = path
         # Of the process's own memory, if there was no room before.
+        self._places = None
         self._buffer = torch.empty(0, dtype=torch.uint8)
         return True
 
@@ -113,6 +114,7 @@ class SharedSlot(Slot):
             os.posix_fallocate(self._descriptor, 0, nbytes)
         self._nbytes = nbytes
         if nbytes > self._buffer.numel():
+            self._places = None
             with torch.inference_mode(False):
                 mapped = mmap.mmap(self._descriptor, nbytes)
                 self._buffer = torch.frombuffer(mapped, dtype=torch.uint8)
@@ -121,6 +123,7 @@ class SharedSlot(Slot):
     def _close(self) -> None:
         path, self._path = self._path, None
         self._unpin()
+        self._places = None
         self._buffer = torch.empty(0, dtype=torch.uint8)
         self._nbytes = 0
         if path is not None:

@@ -13,15 +13,15 @@ import itertools
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ray_accel_ckpt.errors import ConfigurationError
 from ray_accel_ckpt.image.copies import Copies, Copy, may_be_late
 from ray_accel_ckpt.image.partition import Slice
-from ray_accel_ckpt.image.shard import Layout
-from ray_accel_ckpt.state.sharding import local
+from ray_accel_ckpt.image.shard import Layout, Placed
+from ray_accel_ckpt.state.sharding import is_sharded, local
 
 
 class Slot:
@@ -38,12 +38,14 @@ class Slot:
         self.published = False
         self._buffer = torch.empty(0, dtype=torch.uint8)
         self._copies: Copies | None = None
+        self._places: _Places | None = None
 
     def reserve(self, nbytes: int) -> torch.Tensor:
         """A uint8 tensor of `nbytes`, whatever it held before."""
         self._finish()
         if self._buffer.numel() < nbytes:
             # The old buffer goes first: two at once would break the memory bound.
+            self._places = None
             self._buffer = torch.empty(0, dtype=torch.uint8)
             # A save may come from inside an evaluation; the buffer is for all that follow.
             with torch.inference_mode(False):
@@ -72,18 +74,26 @@ class Slot:
         buffer[: len(layout.header)].copy_(header)
         at_once: list[Copy] = []
         later: list[Copy] = []
-        for placed in layout.placed:
-            piece = placed.slice
-            if piece.nbytes == 0:
-                continue
-            name = piece.spec.name
-            rows = rows_of(piece, tensors)
-            target = buffer[placed.begin : placed.end].view(rows.dtype).view(piece.box.size)
-            watched = tuple(late.get(name, ()))
-            copies = later if may_be_late(rows, watched) else at_once
-            copies.append(Copy(name=name, source=rows, target=target, watched=watched))
+        for place in self._places_of(layout):
+            name, source = place.name, tensors[place.name]
+            rows = place.rows(local(source) if is_sharded(source) else source)
+            watched = late.get(name)
+            if watched and may_be_late(rows, watched):
+                later.append(Copy(name, rows, place.target, tuple(watched)))
+            else:
+                at_once.append(Copy(name, rows, place.target))
         self._copies = Copies(at_once, later)
         return bytes_of(buffer)
+
+    def _places_of(self, layout: Layout) -> list[_Place]:
+        """Where the slices go; as it was, if they are the same ones as last time."""
+        if self._places is None or self._places.layout is not layout:
+            # A save may come from inside an evaluation; these are for all that follow.
+            with torch.inference_mode(False):
+                placed = [each for each in layout.placed if each.slice.nbytes]
+                places = [_place(each, self._buffer) for each in placed]
+            self._places = _Places(layout, places)
+        return self._places.all
 
     def settle(self) -> None:
         """Let anyone change the tensors, those of `late` too. Raises `TornSnapshotError`."""
@@ -99,6 +109,7 @@ class Slot:
     def free(self) -> None:
         """Give the memory back."""
         self._finish()
+        self._places = None
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
     @property
@@ -179,6 +190,31 @@ class SlotPool:
         """Wait until every slot is back."""
         with self._changed:
             self._changed.wait_for(lambda: len(self._free) == len(self._slots))
+
+
+class _Place(NamedTuple):
+    """Where a slice goes. `first` and `stop` are None if it is all that this rank holds."""
+
+    name: str
+    target: torch.Tensor
+    first: int | None
+    stop: int | None
+
+    def rows(self, source: torch.Tensor) -> torch.Tensor:
+        return source if self.first is None else source[self.first : self.stop]
+
+
+class _Places(NamedTuple):
+    layout: Layout
+    all: list[_Place]
+
+
+def _place(placed: Placed, buffer: torch.Tensor) -> _Place:
+    piece = placed.slice
+    target = buffer[placed.begin : placed.end].view(piece.spec.dtype).view(piece.box.size)
+    whole = piece.start == 0 and piece.stop == piece.spec.box.rows
+    first, stop = (None, None) if whole else (piece.start, piece.stop)
+    return _Place(piece.spec.name, target, first, stop)
 
 
 def rows_of(piece: Slice, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:

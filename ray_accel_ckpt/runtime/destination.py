@@ -108,7 +108,7 @@ class Wanted:
 
 
 def _is_own(located: Located) -> bool:
-    return Scope(located.info.scope) is Scope.PER_RANK
+    return located.info.scope == Scope.PER_RANK.value
 
 
 def _box_of(name: str, tensor: torch.Tensor) -> Box:

@@ -17,7 +17,6 @@ from typing import Protocol
 import torch
 
 from ray_accel_ckpt.errors import StateMismatchError
-from ray_accel_ckpt.image import partition
 from ray_accel_ckpt.image.frozen import FrozenShare
 from ray_accel_ckpt.image.image import Image, SaveInfo, parts_of
 from ray_accel_ckpt.image.shared import SharedSlot
@@ -257,8 +256,7 @@ def freeze(
     """
     rank, world_size = session.group.rank, session.group.world_size
     captured = moment.captured
-    specs = partition.specs_of(captured, rank=rank, world_size=world_size, frozen=moment.frozen)
-    planned = session.plans.of(specs, rank=rank, world_size=world_size)
+    planned = session.plans.of(captured, rank=rank, world_size=world_size, frozen=moment.frozen)
     _check_plan(session, planned.digest)
     unchanging = planned.frozen
     if session.memory is not None:

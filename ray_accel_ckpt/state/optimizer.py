@@ -78,8 +78,10 @@ class OptimizerPart:
             UnsupportedStateError: a state of a sharded parameter that is neither
                 sharded like it nor a single number.
         """
-        parameters = dict(zip(self._names(), self._parameters(), strict=True))
         own = self._own()
+        if not own and not any(map(is_sharded, self._parameters())):
+            return {}
+        parameters = dict(zip(self._names(), self._parameters(), strict=True))
         scopes = {}
         for name, parameter, ref in self._states(captured.value, parameters):
             tensor = captured.tensors[ref]

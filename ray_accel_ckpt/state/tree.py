@@ -111,7 +111,8 @@ def tensor_ref(value: Json) -> str:
 
 def same_view(tensor: torch.Tensor) -> tuple[Any, ...]:
     """A key that two tensors share exactly if they are the same view of the same memory."""
-    here = local(tensor)
+    sharded = is_sharded(tensor)
+    here = local(tensor) if sharded else tensor
     return (
         here.device,
         # Empty shards have no address: those of different tensors would seem to be one.
@@ -119,7 +120,7 @@ def same_view(tensor: torch.Tensor) -> tuple[Any, ...]:
         here.dtype,
         tuple(tensor.shape),
         tensor.stride(),
-        is_sharded(tensor),
+        sharded,
     )
 
 
