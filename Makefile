@@ -11,7 +11,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export RAY_DEDUP_LOGS := 1
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: demo demo-elastic demo-tune test test-all lint pure gloo ray-tests long-tests chaos chaos-tests examples benchmark-save-stall benchmark-restore benchmark-growth clean
+.PHONY: demo demo-elastic demo-tune test test-all lint pure gloo ray-tests long-tests chaos chaos-tests examples benchmark-save-stall benchmark-ray-stall benchmark-restore benchmark-recovery benchmark-goodput benchmark-growth clean
 
 demo: $(STAMP)
 	$(RUN) examples/resume_digits.py
@@ -60,10 +60,22 @@ chaos: $(STAMP)
 examples: $(STAMP)
 	$(RUN) -m pytest -q tests/examples
 
+PEERS := $(RUN) -m pip install -q -c constraints.txt -r benchmarks/requirements.txt
+
 # ARGS are the benchmark's own: make benchmark-restore ARGS="--megabytes 60 --cold"
 benchmark-save-stall: $(STAMP)
-	$(RUN) -m pip install -q -c constraints.txt accelerate
+	$(PEERS)
 	$(RUN) benchmarks/save_stall.py $(ARGS)
+
+benchmark-ray-stall: $(STAMP)
+	$(PEERS)
+	$(RUN) benchmarks/ray_stall.py $(ARGS)
+
+benchmark-recovery: $(STAMP)
+	$(RUN) benchmarks/recovery.py $(ARGS)
+
+benchmark-goodput: $(STAMP)
+	$(RUN) benchmarks/goodput.py $(ARGS)
 
 benchmark-restore: $(STAMP)
 	$(RUN) benchmarks/restore.py $(ARGS)
