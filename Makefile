@@ -50,12 +50,13 @@ chaos-tests: $(STAMP)
 	$(RUN) -m pytest -q tests/chaos
 
 # Faults at random moments: SEED is the first, RUNS how many, OUT a file for the table.
+# With MEMORY=1 all of them with the memory tier, of which else a third have it.
 # With TRACE, nodes come and go as that spot trace says.
 SEED ?= 1
 RUNS ?= 10
 chaos: $(STAMP)
 	$(RUN) -m tests.chaos --seed $(SEED) --runs $(RUNS) \
-		$(if $(OUT),--out $(OUT)) $(if $(TRACE),--trace $(TRACE))
+		$(if $(MEMORY),--memory) $(if $(OUT),--out $(OUT)) $(if $(TRACE),--trace $(TRACE))
 
 examples: $(STAMP)
 	$(RUN) -m pytest -q tests/examples

@@ -7,6 +7,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from tests.chaos import reference
@@ -31,13 +32,13 @@ def play(scenario: Scenario, nodes: Nodes, untouched: list[str], directory: Path
             return unfinished(stage, traceback.format_exc())
 
 
-def campaign(seeds: Iterable[int], directory: Path) -> Iterator[Outcome]:
-    """Each seed's scenario, in one cluster."""
+def campaign(scenarios: Iterable[Scenario], directory: Path) -> Iterator[Outcome]:
+    """Each of them, in one cluster."""
     (directory / "untouched").mkdir()
     untouched = reference.digests(directory / "untouched")
     with started() as nodes:
-        for seed in seeds:
-            yield play(draw(seed), nodes, untouched, directory / f"seed-{seed}")
+        for scenario in scenarios:
+            yield play(scenario, nodes, untouched, directory / f"seed-{scenario.seed}")
 
 
 def line(outcome: Outcome) -> str:
@@ -50,7 +51,8 @@ def line(outcome: Outcome) -> str:
     ]
     if outcome.wrong:
         told += [f"       {each}" for wrong in outcome.wrong for each in wrong.splitlines()]
-        told += [f"       again: make chaos SEED={outcome.scenario.seed} RUNS=1"]
+        memory = " MEMORY=1" if outcome.scenario.memory else ""
+        told += [f"       again: make chaos SEED={outcome.scenario.seed} RUNS=1{memory}"]
     return "\n".join(told)
 
 
@@ -101,7 +103,10 @@ def follow(options: argparse.Namespace, directory: Path) -> bool:
 def strike(options: argparse.Namespace, directory: Path) -> bool:
     """Play seeds; whether all is well."""
     outcomes = []
-    for outcome in campaign(range(options.seed, options.seed + options.runs), directory):
+    scenarios = map(draw, range(options.seed, options.seed + options.runs))
+    if options.memory:
+        scenarios = (replace(scenario, memory=True) for scenario in scenarios)
+    for outcome in campaign(scenarios, directory):
         outcomes.append(outcome)
         print(line(outcome), flush=True)
     print(f"\n{table(outcomes)}")
@@ -115,6 +120,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1, help="the first")
     parser.add_argument("--runs", type=int, default=10, help="how many, each with the next seed")
     parser.add_argument("--out", type=Path, help="a Markdown file for the table")
+    parser.add_argument("--memory", action="store_true", help="all with the memory tier")
     parser.add_argument("--trace", type=Path, help="replay this spot trace instead")
     parser.add_argument("--ticks", type=int, default=40, help="of the trace")
     parser.add_argument("--tick", type=float, default=5.0, help="seconds of a tick")

@@ -18,7 +18,7 @@ from ray.train.torch import TorchTrainer
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from ray_accel_ckpt import Checkpointer, EverySteps, run_config
+from ray_accel_ckpt import Checkpointer, EverySteps, MemoryTier, run_config
 from tests.chaos.records import Diary
 from tests.chaos.seam import SwitchedFileSystem
 from tests.training import train
@@ -46,6 +46,7 @@ class Job:
         out: where workers write down what they do.
         control: the switch of the storage; None for the plain disk.
         epochs: of an elastic job.
+        memory: whether each step is kept in memory too.
 
     It does not end before there is a file ``<out>/go``.
     """
@@ -57,6 +58,7 @@ class Job:
     out: str
     control: str | None = None
     epochs: int = EPOCHS
+    memory: bool = False
 
 
 def drive(job: Job, address: str, log: str, environment: dict[str, str]) -> None:
@@ -88,7 +90,7 @@ def fixed(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     diary = Diary(Path(config["out"]), rank, world_size)
-    ckpt = Checkpointer(save=EverySteps(config["every"]))
+    ckpt = _checkpointer(config)
 
     def on_step(step: int) -> None:
         diary.write(step=step)
@@ -101,6 +103,11 @@ def fixed(config: dict[str, Any]) -> None:
         on_loaded=lambda _: diary.loaded(ckpt.global_step, ckpt.resumed_from),
     )
     diary.write(digest=digest)
+
+
+def _checkpointer(config: dict[str, Any]) -> Checkpointer:
+    memory = MemoryTier() if config["memory"] else None
+    return Checkpointer(save=EverySteps(config["every"]), memory=memory)
 
 
 class Indices(Dataset[torch.Tensor]):
@@ -117,7 +124,7 @@ def elastic(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     diary = Diary(Path(config["out"]), rank, world_size)
-    ckpt = Checkpointer(save=EverySteps(config["every"]))
+    ckpt = _checkpointer(config)
     torch.manual_seed(SEED)
     model = nn.Linear(1, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)

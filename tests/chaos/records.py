@@ -30,8 +30,9 @@ class Diary:
         self.write(pid=os.getpid(), node=node, world_size=world_size)
 
     def loaded(self, step: int, path: str | None) -> None:
-        """`load_state` has returned."""
-        self.write(resumed=step, source=None if path is None else path.rpartition("/")[2])
+        """`load_state` has returned. The source is a checkpoint's name, if it was in storage."""
+        stored = path is not None and not path.startswith("memory://")
+        self.write(resumed=step, source=path.rpartition("/")[2] if path and stored else None)
 
     def write(self, **entry: Any) -> None:
         print(json.dumps({"time": time.time(), **entry}), file=self._file, flush=True)

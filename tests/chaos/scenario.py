@@ -36,6 +36,7 @@ class Scenario:
 
     Attributes:
         every: steps from save to save.
+        memory: whether each step is kept in memory too.
     """
 
     seed: int
@@ -43,6 +44,7 @@ class Scenario:
     every: int
     storage: Storage
     strikes: tuple[Strike, ...]
+    memory: bool
 
     @property
     def steps(self) -> int:
@@ -55,7 +57,8 @@ class Scenario:
 
     def __str__(self) -> str:
         struck = "; ".join(map(str, self.strikes))
-        return f"{self.shape}, saves every {self.every}, storage {self.storage}: {struck}"
+        memory = ", memory tier" if self.memory else ""
+        return f"{self.shape}, saves every {self.every}{memory}, storage {self.storage}: {struck}"
 
 
 def draw(seed: int) -> Scenario:
@@ -78,4 +81,6 @@ def draw(seed: int) -> Scenario:
             Strike(fault=fault, step=step, delay=round(rng.uniform(0, PACE), 3))
             for fault, step in zip(faults, steps, strict=True)
         ),
+        # The last that is drawn: without it, a seed means what it has meant before there was one.
+        memory=rng.random() < 1 / 3,
     )

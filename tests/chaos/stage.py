@@ -70,6 +70,7 @@ class Stage:
             storage=str(self.storage),
             out=str(self._out),
             control=str(self._control) if switched else None,
+            memory=scenario.memory,
         )
         self.driver = Driver(job, nodes.address, directory / "driver.log")
         self.watch = Watch(self.storage / "run", self._out)
