@@ -154,8 +154,8 @@ def encode(manifest: Manifest) -> bytes:
     content = dict(vars(manifest))
     if manifest.version == 2:
         del content["frozen"]
-    # `vars` for the models within: pydantic's own dump looks at each value of all parts.
-    text = json.dumps(content, separators=(",", ":"), allow_nan=False, default=vars)
+    # Not by pydantic's own dump, which looks at each value of all parts.
+    text = json.dumps(content, separators=(",", ":"), allow_nan=False, default=_members)
     body = text.encode("ascii")
     if len(body) > MAX_NBYTES - 64:
         largest = max(manifest.parts, key=lambda name: len(json.dumps(manifest.parts[name].value)))
@@ -166,6 +166,12 @@ def encode(manifest: Manifest) -> bytes:
             remedy="return tensors or numpy arrays from its state_dict(), not long lists",
         )
     return _PREFIX + _digest(body).encode() + _MIDDLE + body + _SUFFIX
+
+
+def _members(model: object) -> dict[str, Any]:
+    if not isinstance(model, _Strict):
+        raise TypeError(f"a manifest cannot hold a {type(model).__qualname__}")
+    return vars(model)
 
 
 def decode(data: bytes, where: str) -> Manifest:

@@ -46,8 +46,10 @@ class SharedSlot(Slot):
         """
         self._finish()
         self.withdraw()
+        if self._path is not None and not self._path.exists():
+            self._close()
         try:
-            if self._path is not None or self._open():
+            if self._path is not None or self._open(nbytes):
                 self._resize(nbytes)
                 return self._buffer[:nbytes]
         except OSError as e:
@@ -56,7 +58,8 @@ class SharedSlot(Slot):
                 logger.warning(
                     "%s cannot have %d bytes and keeps nothing: %s", self._place(), nbytes, e
                 )
-            self._close()
+            if self._path is not None:
+                self._close()
         return super().reserve(nbytes)
 
     def publish(self, directory: Path, name: str) -> bool:
@@ -90,26 +93,32 @@ class SharedSlot(Slot):
         self.withdraw()
         self._close()
 
-    def _open(self) -> bool:
+    def _open(self, nbytes: int) -> bool:
         path = self._place()
         if path is None:
             return False
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        self._descriptor = os.open(path, flags, 0o600)
-        self._path = path
-        # Of the process's own memory, if there was no room before.
+        descriptor = os.open(path, flags, 0o600)
+        try:
+            os.posix_fallocate(descriptor, 0, nbytes)
+        except OSError:
+            os.close(descriptor)
+            path.unlink(missing_ok=True)
+            raise
+        self._path, self._descriptor, self._nbytes = path, descriptor, nbytes
+        # Only now: until there is room, the process's own memory is needed.
         self._places = None
         self._buffer = torch.empty(0, dtype=torch.uint8)
         return True
 
     def _resize(self, nbytes: int) -> None:
-        if nbytes == self._nbytes:
+        if nbytes == self._nbytes and nbytes <= self._buffer.numel():
             return
         # Pages that go must not be pinned, and those that come must be.
         self._unpin()
         if nbytes < self._nbytes:
             os.ftruncate(self._descriptor, nbytes)
-        else:
+        elif nbytes > self._nbytes:
             # Without it, a write that finds no room would be the end of the process.
             os.posix_fallocate(self._descriptor, 0, nbytes)
         self._nbytes = nbytes

@@ -31,10 +31,18 @@ from ray_accel_ckpt.runtime.keepers import (
     attempt_of,
     newest_whole,
     of_attempt,
+    whole,
 )
 from ray_accel_ckpt.runtime.ray_run import Controller, RayRun
 from ray_accel_ckpt.runtime.shelf import Files, Shelf
-from ray_accel_ckpt.storage.catalog import candidates, open_snapshot, step_of
+from ray_accel_ckpt.storage.catalog import (
+    candidates,
+    open_snapshot,
+    prove_file,
+    read_manifest,
+    step_of,
+)
+from ray_accel_ckpt.storage.filesystem import LocalFilesystem
 from ray_accel_ckpt.storage.writer import write_file
 
 logger = logging.getLogger(__name__)
@@ -45,6 +53,9 @@ PERIOD = 1.0
 CHUNK = 32 * 2**20
 """Bytes that travel to another node as one object of Ray's."""
 
+FETCH = 60.0
+"""Seconds that one such object may take."""
+
 WRITE_TIMEOUT = 600.0
 """Seconds that passing errors of storage are retried for."""
 
@@ -52,10 +63,12 @@ WRITE_TIMEOUT = 600.0
 # and removes the directory then, also where nothing else could: after a SIGKILL, at the end
 # of the machine's Ray. Its parent goes at once, so that it is not ended as Ray's child.
 _GUARDIAN = """
-import os, shutil, sys
+import os, shutil, signal, sys
 if os.fork():
     os._exit(0)
 os.setsid()
+for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    signal.signal(each, signal.SIG_IGN)
 sys.stdin.read()
 shutil.rmtree(sys.argv[1], ignore_errors=True)
 """
@@ -79,10 +92,11 @@ class Keeper:
         self._node, self._run, self._keepers = node, run, keepers
         self._controller = controller
         self._shelf = Shelf(root=Path(root))
-        self._shelf.make()
+        self._held = self._shelf.make()
         self._guardian = _guard(self._shelf.root)
         self._lock = threading.Lock()
         self._settling = threading.Lock()
+        self._tidying = threading.Lock()
         self._workers: dict[str, list[int]] = {}
         self._settled: set[str] = set()
         self._asked: dict[str, threading.Thread] = {}
@@ -108,13 +122,11 @@ class Keeper:
         """
         with self._lock:
             # Not if it is late, and another one has come since.
-            new = attempt not in self._workers and attempt == self._opened
-            if new:
+            if attempt not in self._workers and attempt == self._opened:
                 self._attempt, self._resumed = attempt, resumed
             opened = _opened(pid)
             self._workers.setdefault(attempt, []).extend([] if opened is None else [opened])
-        if new:
-            self._tidy()
+        self._tidy()
 
     # --- what other keepers and workers read ---------------------------------------------
 
@@ -144,7 +156,7 @@ class Keeper:
         import ray
 
         source = self._keepers.handle(node)
-        files: Files = ray.get(source.files_of.remote(rank, name))
+        files: Files = ray.get(source.files_of.remote(rank, name), timeout=FETCH)
 
         def fetch(file: str, nbytes: int) -> Iterator[Any]:
             ranges = [(at, min(CHUNK, nbytes - at)) for at in range(0, nbytes, CHUNK)]
@@ -155,7 +167,7 @@ class Keeper:
                 if following is not None:
                     asked.append(source.read.remote(name, file, *following))
                 if arrived is not None:
-                    yield ray.get(arrived)
+                    yield ray.get(arrived, timeout=FETCH)
 
         self._shelf.receive(rank, name, files, fetch, stays=self._stays)
 
@@ -181,6 +193,7 @@ class Keeper:
 
         Raises:
             NotACheckpointError: not all of them are here.
+            CorruptCheckpointError: they are not what was frozen.
             StorageError: they cannot be written.
         """
         with self._in_use(name), ExitStack() as stack:
@@ -193,6 +206,9 @@ class Keeper:
             have = {p[1] for file in mine if (p := parse_name(file)) and p[0] == "manifest"}
             if have != set(ranks):
                 raise NotACheckpointError("a snapshot is gone before it was written", where=name)
+            for file, opened in mine.items():
+                if file.startswith("manifest-"):
+                    _prove(Path(opened.name))
             # Manifests last, as ever.
             for file in sorted(mine, key=lambda file: (file.startswith("manifest-"), file)):
                 write_file(
@@ -206,16 +222,22 @@ class Keeper:
     def _settle(self, attempt: str) -> None:
         try:
             with self._settling:
-                for _ in range(3):
-                    name = newest_whole(self._keepers.held(), of_attempt(attempt))
-                    if name is None or self._in_storage(step_of(name)):
+                for name in filter(of_attempt(attempt), whole(self._keepers.held())):
+                    if self._is_saved(name):
                         return
-                    logger.warning("%s was not saved, and its workers are gone: saving it", name)
-                    self._write_all(name)
-            logger.warning("%s could not be saved, though it was kept in memory", name)
+                    logger.warning("%s cannot be saved, though it was kept in memory", name)
         except Exception:
             # Of storage or of Ray; there is nobody to tell.
             logger.exception("what attempt %s kept in memory was not saved", attempt)
+
+    def _is_saved(self, name: str) -> bool:
+        """Whether a snapshot, or what is newer, is in storage; it is written if not."""
+        for _ in range(2):
+            if self._in_storage(step_of(name)):
+                return True
+            logger.warning("%s was not saved, and its workers are gone: saving it", name)
+            self._write_all(name)
+        return self._in_storage(step_of(name))
 
     def _write_all(self, name: str) -> None:
         """Have all write their part of a snapshot. What came of it is seen in storage."""
@@ -308,21 +330,29 @@ class Keeper:
 
     def _tidy(self) -> None:
         """Remove what attempts before the present one left, if it is not needed any more."""
+        with self._tidying:
+            with self._lock:
+                attempt = self._attempt
+                unsettled = self._workers.keys() - self._settled - {attempt}
+            if not attempt:
+                return
+            needed: set[str | None] = set()
+            if any(attempt_of(name) != attempt for name in self._shelf.snapshots()):
+                held = self._keepers.held()
+                needed = {newest_whole(held, of_attempt(each)) for each in unsettled}
+                newer = newest_whole(held, of_attempt(attempt))
+                with self._lock:
+                    if newer is not None and self._attempt == attempt:
+                        self._resumed = None
+            self._shelf.keep(
+                lambda name: self._is_new(attempt_of(name)) or name in needed or self._stays(name),
+                lives=self._is_new,
+            )
+
+    def _is_new(self, attempt: str) -> bool:
+        """Whether it is the present attempt, or one that is about to be."""
         with self._lock:
-            attempt, attempts = self._attempt, {self._attempt, self._opened}
-            unsettled = self._workers.keys() - self._settled - {attempt}
-        if not attempt:
-            return
-        needed: set[str | None] = set()
-        if any(attempt_of(name) != attempt for name in self._shelf.snapshots()):
-            held = self._keepers.held()
-            needed = {newest_whole(held, of_attempt(each)) for each in unsettled}
-            if newest_whole(held, of_attempt(attempt)) is not None:
-                self._resumed = None
-        self._shelf.keep(
-            lambda name: attempt_of(name) in attempts or name in needed or self._stays(name),
-            attempts=attempts,
-        )
+            return attempt in (self._attempt, self._opened)
 
     def _stays(self, name: str) -> bool:
         """Whether a snapshot of an attempt before is needed yet."""
@@ -345,6 +375,14 @@ class Keeper:
 
         self._shelf.clear()
         ray.kill(self._keepers.handle(self._node))
+
+
+def _prove(manifest: Path) -> None:
+    """Prove a rank's files, of which this is the manifest."""
+    local = LocalFilesystem()
+    found = read_manifest(local, str(manifest), manifest.stat().st_size)
+    for shard, slices in found.files:
+        prove_file(local, str(manifest.with_name(shard.file)), shard, slices)
 
 
 def _dealt(held: Held, name: str) -> dict[str, list[int]]:

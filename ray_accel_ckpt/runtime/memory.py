@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,7 +24,7 @@ from ray_accel_ckpt.runtime.keeper import Keeper
 from ray_accel_ckpt.runtime.keepers import NAMESPACE, Held, Keepers
 from ray_accel_ckpt.runtime.kept import Kept, held_of
 from ray_accel_ckpt.runtime.ray_run import Controller, RayRun
-from ray_accel_ckpt.runtime.shelf import KEPT, Shelf
+from ray_accel_ckpt.runtime.shelf import KEPT, PREFIX, Shelf
 from ray_accel_ckpt.storage.catalog import checkpoint_name
 from ray_accel_ckpt.storage.filesystem import LocalFilesystem
 from ray_accel_ckpt.storage.writer import write_rest
@@ -68,6 +69,7 @@ class Memory:
         self._nodes: list[str] = []
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ray_accel_ckpt-memory")
         self._last: Future[None] | None = None
+        self._pulling: dict[str, Any] = {}
         self._told: set[str] = set()
 
     def due(self, global_step: int) -> bool:
@@ -113,7 +115,7 @@ class Memory:
             try:
                 ray.get(begin, timeout=START)
             except ray.exceptions.RayError as e:
-                self._warn(f"this worker's snapshots are not looked after: {e}")
+                self._warn("this worker's snapshots are not looked after", e)
 
     def measure(self, nbytes: int, frozen: int) -> None:
         """See that there is room for such shares. Collective the first time, then nothing.
@@ -175,39 +177,46 @@ class Memory:
                 pass
             if slot.publish(directory, shard_name(info.rank, info.world_size)):
                 write_rest(LocalFilesystem(), str(directory), image, hashing, timeout=1.0)
-                self._replicate(info.rank, name)
-        except (AccelCkptError, OSError) as e:
+        except _faults() as e:
             # Training goes on: it has lost nothing but a chance.
             slot.withdraw()
-            self._warn(f"a snapshot is not kept in memory: {type(e).__name__}: {e}")
+            self._warn("a snapshot is not kept in memory", e)
+        else:
+            self._replicate(info.rank, name)
         finally:
+            if not self._shelf.is_there():
+                # Its keeper is gone: what was made since would stay for ever.
+                self._shelf.clear()
             release()
 
     def _replicate(self, rank: int, name: str) -> None:
         import ray
 
+        end = time.monotonic() + REPLICATE
         asked = {}
         for node in self._peers(self._node):
+            if node in self._pulling and not ray.wait([self._pulling[node]], timeout=0)[0]:
+                # It is behind, and not to fall further behind.
+                continue
             try:
-                asked[node] = self._keepers.handle(node).pull.remote(self._node, rank, name)
-            except ValueError as e:
-                self._warn(f"node {node[:8]} keeps no replicas: {e}")
+                pulled = self._keepers.handle(node).pull.remote(self._node, rank, name)
+                asked[node] = self._pulling[node] = pulled
+            except _faults() as e:
+                self._warn(f"node {node[:8]} keeps no replicas", e)
         for node, pulled in asked.items():
             try:
-                ray.get(pulled, timeout=REPLICATE)
-            except ray.exceptions.RayError as e:
-                self._warn(f"node {node[:8]} has no replica of a snapshot: {type(e).__name__}: {e}")
+                ray.get(pulled, timeout=max(0.0, end - time.monotonic()))
+            except _faults() as e:
+                self._warn(f"node {node[:8]} has no replica of a snapshot", e)
 
     # --- inside ------------------------------------------------------------------------
 
     def _held(self) -> Held:
-        import ray
-
         try:
             return self._keepers.held()
-        except ray.exceptions.RayError as e:
+        except _faults() as e:
             # Told as nothing, not raised: the others wait for the answer.
-            self._warn(f"what is kept in memory cannot be asked for: {e}")
+            self._warn("what is kept in memory cannot be asked for", e)
             return {}
 
     def _free(self) -> int:
@@ -218,10 +227,15 @@ class Memory:
         """
         import ray
 
-        nodes = [node for node in ray.nodes() if node["NodeID"] == self._node]
-        objects = sum(int(node["Resources"].get("object_store_memory", 0)) for node in nodes)
-        free = shutil.disk_usage(SHARED_MEMORY).free
-        return max(0, free - objects + self._shelf.taken(self._attempt))
+        try:
+            nodes = [node for node in ray.nodes() if node["NodeID"] == self._node]
+            objects = sum(int(node["Resources"].get("object_store_memory", 0)) for node in nodes)
+            free = shutil.disk_usage(SHARED_MEMORY).free
+            return max(0, free - objects + self._shelf.taken(self._attempt))
+        except _faults() as e:
+            # Told as nothing, not raised: the others wait for the answer.
+            self._warn("whether there is memory for snapshots cannot be found out", e)
+            return 0
 
     def _slot(self, number: int) -> SharedSlot:
         def place() -> Path | None:
@@ -242,7 +256,7 @@ class Memory:
 
         if not SHARED_MEMORY.is_dir():
             return f"there is no {SHARED_MEMORY} here"
-        root = SHARED_MEMORY / f"ray_accel_ckpt-{self._keepers.key}-{self._node[:12]}"
+        root = SHARED_MEMORY / f"{PREFIX}{self._keepers.key}-{self._node[:12]}"
         try:
             # What keepers know the death of a worker by; Linux has it since 5.3.
             os.close(os.pidfd_open(os.getpid()))
@@ -262,7 +276,8 @@ class Memory:
             self._shelf = Shelf(
                 root=Path(ray.get(self._keeper.open.remote(self._attempt), timeout=START))
             )
-        except (ray.exceptions.RayError, OSError, AttributeError) as e:
+        except _faults() as e:
+            # Told, not raised: the others wait for the answer.
             return f"{type(e).__name__}: {e}"
         return None
 
@@ -288,10 +303,20 @@ class Memory:
             SHARED_MEMORY,
         )
 
-    def _warn(self, message: str) -> None:
-        if message not in self._told:
-            self._told.add(message)
-            logger.warning("%s", message)
+    def _warn(self, what: str, why: Exception) -> None:
+        """Once for each kind of fault: it may come with each snapshot."""
+        key = f"{what} {type(why).__name__}"
+        if key not in self._told:
+            self._told.add(key)
+            logger.warning("%s: %s: %s", what, type(why).__name__, why)
+
+
+def _faults() -> tuple[type[Exception], ...]:
+    """What may go wrong with memory, with Ray or with what is on another node."""
+    import ray
+
+    own = (AccelCkptError, OSError, ValueError, LookupError, AttributeError, RuntimeError)
+    return (*own, ray.exceptions.RayError)
 
 
 def _gb(nbytes: int) -> str:

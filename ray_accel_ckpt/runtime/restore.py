@@ -118,7 +118,9 @@ class Restorer:
             except FormatVersionError:
                 raise
             except CheckpointError as e:
-                whole = whole or not isinstance(e, NotACheckpointError)
+                # What is in memory does not say that anything was ever saved.
+                stored = path not in in_memory
+                whole = whole or (stored and not isinstance(e, NotACheckpointError))
                 faults.append(f"{path}: {e}")
                 if self.group.rank == 0:
                     logger.warning("passing over a checkpoint that is not good: %s", faults[-1])

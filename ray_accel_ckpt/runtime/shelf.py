@@ -12,9 +12,11 @@ about it.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +25,12 @@ from typing import Any
 from ray_accel_ckpt.errors import CorruptCheckpointError, NotACheckpointError
 from ray_accel_ckpt.image.manifest import parse_name
 from ray_accel_ckpt.image.shared import remove_checkpoint
+
+PREFIX = "ray_accel_ckpt-"
+"""What the names of all roots begin with."""
+
+LOCK = "lock"
+"""A file that a root's keeper has locked."""
 
 KEPT = 2
 """Snapshots of a rank that are kept: whole ones, while the next is becoming so."""
@@ -36,14 +44,30 @@ class Shelf:
     """The directory of one node and one run."""
 
     root: Path
-    _receiving: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    _receiving: defaultdict[int, threading.Lock] = field(
+        default_factory=lambda: defaultdict(threading.Lock), repr=False
+    )
 
-    def make(self) -> None:
-        """Make the directory, for nobody else to read. What was there is removed."""
+    def make(self) -> int:
+        """Make the directory, for nobody else to read. What was there is removed, and so is
+        what others like it have left whose keepers are gone.
+
+        Returns:
+            A descriptor. As long as it is open, the directory has a keeper.
+        """
         self.clear()
+        for other in self.root.parent.glob(f"{PREFIX}*"):
+            if _forsaken(other):
+                shutil.rmtree(other, ignore_errors=True)
         self.root.mkdir(mode=0o700, parents=True)
+        # Under its name only when it is locked: what is there and not locked is forsaken.
+        lock = self.root / ".lock"
+        descriptor = os.open(lock, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
         for name in ("slots", "own", "replicas"):
             (self.root / name).mkdir()
+        lock.rename(self.root / LOCK)
+        return descriptor
 
     def slot(self, attempt: str, rank: int, number: int) -> Path:
         """Where a worker has a buffer."""
@@ -97,7 +121,7 @@ class Shelf:
         if not files:
             raise NotACheckpointError("a snapshot is gone before it was replicated", where=name)
         directory = self._replica(rank, name)
-        with self._receiving:
+        with self._receiving[rank]:
             if _whole(directory):
                 return
             older = [each for each in _oldest_first(directory.parent) if not stays(each.name)]
@@ -117,16 +141,22 @@ class Shelf:
                 shutil.rmtree(made, ignore_errors=True)
                 raise
 
-    def keep(self, wanted: Callable[[str], bool], attempts: Iterable[str]) -> None:
-        """Remove snapshots whose names are not wanted, and buffers of other attempts."""
-        with self._receiving:
-            for kind in ("own", "replicas"):
-                for directory in (self.root / kind).glob("*/*"):
-                    if not wanted(directory.name.lstrip(".")):
-                        remove_checkpoint(directory)
+    def keep(self, wanted: Callable[[str], bool], lives: Callable[[str], bool]) -> None:
+        """Remove snapshots whose names are not wanted, and buffers of attempts that do not live.
+
+        Both are asked at the moment.
+        """
+        for kind in ("own", "replicas"):
+            for directory in (self.root / kind).glob("*/*"):
+                if not wanted(directory.name.lstrip(".")):
+                    remove_checkpoint(directory)
         for path in (self.root / "slots").glob("*"):
-            if path.name.partition("-")[0] not in attempts:
+            if not lives(path.name.partition("-")[0]):
                 path.unlink(missing_ok=True)
+
+    def is_there(self) -> bool:
+        """Whether its keeper has not removed it."""
+        return (self.root / LOCK).exists()
 
     def taken(self, attempt: str) -> int:
         """Bytes of memory that the buffers of an attempt have by now."""
@@ -142,6 +172,22 @@ class Shelf:
 
     def _replica(self, rank: int, name: str) -> Path:
         return self.root / "replicas" / f"{rank:05d}" / name
+
+
+def _forsaken(root: Path) -> bool:
+    """Whether a directory of ours has no keeper any more: its Ray ended, and nobody cleared it."""
+    try:
+        descriptor = os.open(root / LOCK, os.O_WRONLY | os.O_CLOEXEC)
+    except OSError:
+        # Another user's, or one that is being made.
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
 
 
 def _whole(directory: Path) -> dict[str, tuple[int, int]]:
@@ -165,7 +211,7 @@ def _oldest_first(parent: Path) -> list[Path]:
 
 def _turn(old: Path, made: Path, files: Files) -> None:
     """Turn an old replica into the beginnings of one that is being made."""
-    for path in sorted(old.iterdir()):
+    for path in sorted(old.iterdir(), key=lambda path: not path.name.startswith("manifest-")):
         # What is frozen may be a link, which others have too: never written again.
         if not path.name.startswith("shard-") or path.name not in files:
             path.unlink()

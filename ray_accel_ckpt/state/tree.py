@@ -158,6 +158,9 @@ class _Flattener:
 
     def _tensor(self, tensor: torch.Tensor, path: str) -> Json:
         plain = tensor.detach()
+        if plain.is_conj() or plain.is_neg():
+            # What is copied later must be the values, not how to come by them.
+            plain = plain.resolve_conj().resolve_neg()
         if plain.layout != torch.strided or plain.is_quantized or plain.is_meta:
             kind = "meta" if plain.is_meta else str(plain.layout)
             raise UnsupportedStateError(

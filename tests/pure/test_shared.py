@@ -98,6 +98,22 @@ def test_when_there_is_room_again_there_is_a_file_again(tmp_path: Path) -> None:
     assert (tmp_path / "0").read_bytes() == bytes(data)
 
 
+def test_until_there_is_room_the_memory_stays_the_same(tmp_path: Path) -> None:
+    slot = SharedSlot(lambda: tmp_path / "0")
+    with mock.patch.object(os, "posix_fallocate", side_effect=OSError(28, "full")):
+        first = slot.reserve(100).data_ptr()
+        assert slot.reserve(100).data_ptr() == first
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_somebody_has_removed_is_made_anew(tmp_path: Path) -> None:
+    slot = SharedSlot(lambda: tmp_path / "0")
+    slot.reserve(100)
+    (tmp_path / "0").unlink()
+    data = slot.fill(*_planned(torch.arange(10.0)))
+    assert (tmp_path / "0").read_bytes() == bytes(data)
+
+
 def test_a_directory_that_is_gone_does_not_come_back(tmp_path: Path) -> None:
     """Its keeper has removed it, and nobody would remove it again."""
     gone = tmp_path / "gone"

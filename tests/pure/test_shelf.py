@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from ray_accel_ckpt.runtime.group import Group
 from ray_accel_ckpt.runtime.keepers import attempt_of, newest_whole, whole
 from ray_accel_ckpt.runtime.kept import Kept, held_of
 from ray_accel_ckpt.runtime.restore import Restorer
-from ray_accel_ckpt.runtime.shelf import Files, Shelf
+from ray_accel_ckpt.runtime.shelf import PREFIX, Files, Shelf
 from ray_accel_ckpt.storage.filesystem import Entry, LocalFilesystem
 
 SHARD = "shard-00001-of-00002.safetensors"
@@ -151,7 +152,7 @@ def test_what_is_not_wanted_goes_and_what_others_use_stays(copy: _Copy) -> None:
     slot.touch()
     other.touch()
     for shelf in (copy.source, copy.target):
-        shelf.keep(lambda name: name == _name(2), attempts={"aaaaaa"})
+        shelf.keep(lambda name: name == _name(2), lives=lambda attempt: attempt == "aaaaaa")
         assert list(shelf.snapshots()) == [_name(2)]
     assert slot.exists()
     assert not other.exists()
@@ -163,6 +164,18 @@ def test_memory_that_is_taken(copy: _Copy) -> None:
     copy.source.slot("aaaaaa", 1, 0).write_bytes(bytes(4096))
     copy.source.slot("bbbbbb", 1, 0).write_bytes(bytes(8192))
     assert copy.source.taken("aaaaaa") == 4096
+
+
+def test_what_nobody_keeps_any_more_is_removed(tmp_path: Path) -> None:
+    """A container that is started again has the memory of the one before, and not its processes."""
+    roots = [Shelf(root=tmp_path / f"{PREFIX}{name}") for name in "abc"]
+    kept = [shelf.make() for shelf in roots[:2]]
+    (tmp_path / "ours").mkdir()
+    os.close(kept[0])
+    roots[2].make()
+    assert {path.name for path in tmp_path.iterdir()} == {f"{PREFIX}b", f"{PREFIX}c", "ours"}
+    assert roots[1].is_there()
+    assert not roots[0].is_there()
 
 
 def test_nobody_else_can_look(copy: _Copy) -> None:
