@@ -73,6 +73,7 @@ class Session:
         self.memory: Memory | None = None
         self._names: AutomaticNames | None = None
         self._sweeper: Sweeper | None = None
+        self._being_written: set[str] = set()
         checkpoints = self.project.checkpoints_dir
         if self.run is not None and checkpoints is not None:
             raise ConfigurationError(
@@ -176,8 +177,9 @@ class Session:
     def kept(self) -> Kept | None:
         """What the memory tier has of the run; None without one. Collective."""
         kept = None if self.memory is None else self.memory.kept()
-        # Keepers may be writing what these left: not to be swept.
-        _ATTEMPTS.update(() if kept is None else kept.attempts())
+        # Keepers may be writing what these left: not to be swept before something newer is saved.
+        self._being_written = set() if kept is None else kept.attempts()
+        _ATTEMPTS.update(self._being_written)
         return kept
 
     def begin_sweeping(self, *, resumed_from: str | None, registered: str | None) -> None:
@@ -190,7 +192,8 @@ class Session:
         self._sweeper.start()
 
     def sweep(self) -> None:
-        """Look again whether something has become superfluous. Returns at once."""
+        """Something is saved: look again what has become superfluous. Returns at once."""
+        _ATTEMPTS.difference_update(self._being_written)
         if self._sweeper is not None:
             self._sweeper.start()
 
