@@ -146,9 +146,15 @@ def dcp_save(training: Training) -> Save:
 
 
 def dcp_async_save(training: Training, kind: AsyncCheckpointerType) -> Save:
+    # Its own: on that of the training, its words would mix with the gradients'.
+    group = dist.new_group(backend="gloo")
+
     def save(directory: Path) -> Callable[[], object]:
         future: Any = dcp.async_save(
-            state_of(training), checkpoint_id=directory, async_checkpointer_type=kind
+            state_of(training),
+            checkpoint_id=directory,
+            process_group=group,
+            async_checkpointer_type=kind,
         )
         return lambda: future.result()
 

@@ -16,6 +16,9 @@ logger = logging.getLogger(__name__)
 
 NAMESPACE = "ray_accel_ckpt"
 
+CHUNK = 32 * 2**20
+"""Bytes that travel from one node to another as one object of Ray's."""
+
 ANSWER = 10.0
 """Seconds that a keeper has to say what it holds. One that does not holds nothing."""
 

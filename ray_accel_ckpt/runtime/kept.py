@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ray_accel_ckpt.runtime.keeper import CHUNK
-from ray_accel_ckpt.runtime.keepers import Held, Keepers, attempt_of, whole
+from ray_accel_ckpt.runtime.keepers import CHUNK, Held, Keepers, attempt_of, whole
 from ray_accel_ckpt.runtime.shelf import Shelf
 from ray_accel_ckpt.storage.filesystem import Entry, LocalFilesystem
 

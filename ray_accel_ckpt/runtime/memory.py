@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import time
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from ray_accel_ckpt.runtime.keeper import Keeper
 from ray_accel_ckpt.runtime.keepers import NAMESPACE, Held, Keepers
 from ray_accel_ckpt.runtime.kept import Kept, held_of
 from ray_accel_ckpt.runtime.ray_run import Controller, RayRun
+from ray_accel_ckpt.runtime.room import Share, free_on, needs, peers_of
 from ray_accel_ckpt.runtime.shelf import KEPT, PREFIX, Shelf
 from ray_accel_ckpt.storage.catalog import checkpoint_name
 from ray_accel_ckpt.storage.filesystem import LocalFilesystem
@@ -130,14 +129,9 @@ class Memory:
         self.begin(None)
         if not self.on:
             return
-        free = self._free()
-        told = self._group.gather([nbytes, frozen, free])
-        needed: dict[str, int] = defaultdict(int)
-        for node, (changing, still, _) in zip(self._nodes, told, strict=True):
-            # Of what does not change, another one may come before the one before is gone.
-            needed[node] += self._own_copies * changing + 2 * still
-            for peer in self._peers(node):
-                needed[peer] += (KEPT + 1) * changing + 2 * still
+        told = self._group.gather([nbytes, frozen, self._free()])
+        shares = [Share(node, *each[:2]) for node, each in zip(self._nodes, told, strict=True)]
+        needed = needs(shares, replicas=self._tier.replicas, copies=self._own_copies)
         short = {
             node: f"node {node[:8]} has {_gb(free)} for it and needs {_gb(needed[node])}"
             for node, (_, _, free) in zip(self._nodes, told, strict=True)
@@ -194,7 +188,7 @@ class Memory:
 
         end = time.monotonic() + REPLICATE
         asked = {}
-        for node in self._peers(self._node):
+        for node in peers_of(self._node, self._nodes, self._tier.replicas):
             if node in self._pulling and not ray.wait([self._pulling[node]], timeout=0)[0]:
                 # It is behind, and not to fall further behind.
                 continue
@@ -220,18 +214,9 @@ class Memory:
             return {}
 
     def _free(self) -> int:
-        """Bytes of shared memory that this worker's node has for the run.
-
-        Ray's object store is in it too, and takes its memory when it is used: what it may
-        take is not free.
-        """
-        import ray
-
+        """Bytes of shared memory that this worker's node has for the run."""
         try:
-            nodes = [node for node in ray.nodes() if node["NodeID"] == self._node]
-            objects = sum(int(node["Resources"].get("object_store_memory", 0)) for node in nodes)
-            free = shutil.disk_usage(SHARED_MEMORY).free
-            return max(0, free - objects + self._shelf.taken(self._attempt))
+            return free_on(self._node, SHARED_MEMORY) + self._shelf.taken(self._attempt)
         except _faults() as e:
             # Told as nothing, not raised: the others wait for the answer.
             self._warn("whether there is memory for snapshots cannot be found out", e)
@@ -242,12 +227,6 @@ class Memory:
             return self._shelf.slot(self._attempt, self._group.rank, number) if self.on else None
 
         return SharedSlot(place)
-
-    def _peers(self, node: str) -> Sequence[str]:
-        """The nodes that have copies of what a node has: the next ones in the order of ranks."""
-        nodes = list(dict.fromkeys(self._nodes))
-        at = nodes.index(node)
-        return [*nodes[at + 1 :], *nodes[:at]][: self._tier.replicas]
 
     def _start(self) -> str | None:
         """Find this node's keeper, or make it. Returns why there can be none."""
@@ -297,7 +276,7 @@ class Memory:
             "keeping a snapshot in memory every %d steps, a copy of each node's part on %d of %d "
             "other nodes; this takes up to %s of %s on a node",
             self._tier.every_steps,
-            len(self._peers(self._node)),
+            len(peers_of(self._node, self._nodes, self._tier.replicas)),
             len(set(self._nodes)) - 1,
             _gb(nbytes),
             SHARED_MEMORY,

@@ -17,6 +17,7 @@ from ray_accel_ckpt.runtime.group import Group
 from ray_accel_ckpt.runtime.keepers import attempt_of, newest_whole, whole
 from ray_accel_ckpt.runtime.kept import Kept, held_of
 from ray_accel_ckpt.runtime.restore import Restorer
+from ray_accel_ckpt.runtime.room import Share, needs, peers_of
 from ray_accel_ckpt.runtime.shelf import PREFIX, Files, Shelf
 from ray_accel_ckpt.storage.filesystem import Entry, LocalFilesystem
 
@@ -296,3 +297,22 @@ def test_a_rank_reads_what_is_on_its_node(
     )
     assert restorer._readers(snapshot, kept) == readers
     assert restorer._readers(snapshot, None) == {0: 0, 1: 1, 2: 0, 3: 1}
+
+
+# --- room ---------------------------------------------------------------------------------
+
+
+def test_the_next_nodes_have_the_copies() -> None:
+    nodes = ["a", "a", "b", "c"]
+    assert peers_of("a", nodes, 1) == ["b"]
+    assert peers_of("c", nodes, 2) == ["a", "b"]
+    assert peers_of("a", nodes, 9) == ["b", "c"]
+    assert peers_of("a", ["a", "a"], 1) == []
+    assert peers_of("a", nodes, 0) == []
+
+
+def test_what_a_node_needs_is_for_its_own_ranks_and_for_others_copies() -> None:
+    shares = [Share("a", 100, 0), Share("a", 50, 7), Share("b", 10, 0)]
+    assert needs(shares, replicas=0, copies=4) == {"a": 4 * 150 + 2 * 7, "b": 40}
+    both = needs(shares, replicas=1, copies=4)
+    assert both == {"a": 4 * 150 + 2 * 7 + 3 * 10, "b": 40 + 3 * 150 + 2 * 7}

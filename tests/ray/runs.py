@@ -54,7 +54,7 @@ def loop(config: dict[str, Any]) -> None:
         _write_down_warnings(out / f"warnings-{rank}")
     if "free" in config:
         usage = SimpleNamespace(free=config["free"])
-        mock.patch("ray_accel_ckpt.runtime.memory.shutil.disk_usage", return_value=usage).start()
+        mock.patch("ray_accel_ckpt.runtime.room.shutil.disk_usage", return_value=usage).start()
     for fault in faults:
         fault.install(rank, lambda: ckpt.global_step)
 
