@@ -244,6 +244,7 @@ def measure(method: Method, directory: Path, training: Training) -> Measured:
     rest()
     done = time.perf_counter() - begin
     cpu = cpu_seconds() - cpu
+    dist.barrier()
     nbytes = sum(path.stat().st_size for path in files_under(directory))
     clear(directory)
     without = step(training)
