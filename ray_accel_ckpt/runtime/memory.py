@@ -60,7 +60,8 @@ class Memory:
         self._own_copies = slots + KEPT
         self._attempt = ""
         self.on = self._begun = self._measured = False
-        self._shelf = Shelf(root=SHARED_MEMORY)
+        # Nowhere, until its keeper has said where: a root may be removed with all in it.
+        self._shelf = Shelf(root=SHARED_MEMORY / PREFIX)
         self._controller = Controller.current()
         self._keepers = Keepers.of(run.path, self._controller.id)
         self._node = ""
