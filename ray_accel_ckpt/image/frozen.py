@@ -50,7 +50,12 @@ class FrozenShare:
         self._links = False
 
     def image(
-        self, layout: Layout, tensors: Mapping[str, torch.Tensor], *, lasting: bool
+        self,
+        layout: Layout,
+        tensors: Mapping[str, torch.Tensor],
+        *,
+        lasting: bool,
+        mark: Mark | None = None,
     ) -> Frozen:
         """Freeze: nothing at all if all is as it was at the last save, else a copy.
 
@@ -60,8 +65,9 @@ class FrozenShare:
         Args:
             lasting: whether the file may be linked to: not if it lies where a user may
                 replace it.
+            mark: of the tensors, if it is known: all of them are read for it.
         """
-        mark = mark_of(layout, tensors)
+        mark = mark_of(layout, tensors) if mark is None else mark
         with self._lock:
             copied = mark != self._mark or not self._links
             self._mark = mark

@@ -69,7 +69,7 @@ class SharedSlot(Slot):
         files may be in it. Returns whether there is a file.
 
         Args:
-            directory: to be made, in one that is there or to be made, in one that is there.
+            directory: is made, and so is the one it is in, but nothing further up.
         """
         if self._path is None:
             return False

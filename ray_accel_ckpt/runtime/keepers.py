@@ -97,6 +97,7 @@ def whole(held: Held) -> list[str]:
 
 
 def newest_whole(held: Held, chosen: Callable[[str], bool]) -> str | None:
+    """The newest of those that are chosen and of which every rank's part is held."""
     return next((name for name in whole(held) if chosen(name)), None)
 
 

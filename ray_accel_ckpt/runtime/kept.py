@@ -10,7 +10,10 @@ from ray_accel_ckpt.runtime.keepers import CHUNK, Held, Keepers, attempt_of, who
 from ray_accel_ckpt.runtime.shelf import Shelf
 from ray_accel_ckpt.storage.filesystem import Entry, LocalFilesystem
 
-SCHEME = "memory://"
+
+def memory_path(run: str, name: str) -> str:
+    """What a snapshot of a run is called in messages and to hooks."""
+    return f"memory://{run}/{name}"
 
 
 class Kept:
@@ -31,7 +34,7 @@ class Kept:
 
     def paths(self) -> list[str]:
         """Of the snapshots of which all is there, the newest step first."""
-        return [f"{SCHEME}{self._run}/{name}" for name in whole(self._held)]
+        return [memory_path(self._run, name) for name in whole(self._held)]
 
     def attempts(self) -> set[str]:
         """That left something, whole or not."""

@@ -20,7 +20,7 @@ from ray_accel_ckpt.memory import MemoryTier
 from ray_accel_ckpt.runtime.group import Group
 from ray_accel_ckpt.runtime.keeper import Keeper
 from ray_accel_ckpt.runtime.keepers import NAMESPACE, Held, Keepers
-from ray_accel_ckpt.runtime.kept import Kept, held_of
+from ray_accel_ckpt.runtime.kept import Kept, held_of, memory_path
 from ray_accel_ckpt.runtime.ray_run import Controller, RayRun
 from ray_accel_ckpt.runtime.room import Share, free_on, needs, peers_of
 from ray_accel_ckpt.runtime.shelf import KEPT, PREFIX, Shelf
@@ -75,6 +75,10 @@ class Memory:
     def due(self, global_step: int) -> bool:
         """Whether a snapshot is to be taken after this step: the same on every rank."""
         return self.on and self._tier.due(global_step)
+
+    def path_of(self, name: str) -> str:
+        """What a snapshot is called."""
+        return memory_path(self._run.name, name)
 
     # --- beginning ---------------------------------------------------------------------
 

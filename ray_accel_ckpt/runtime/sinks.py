@@ -19,9 +19,9 @@ import torch
 from ray_accel_ckpt.errors import StateMismatchError
 from ray_accel_ckpt.image.frozen import FrozenShare
 from ray_accel_ckpt.image.image import Image, SaveInfo, parts_of
+from ray_accel_ckpt.image.mark import mark_of
 from ray_accel_ckpt.image.shared import SharedSlot
 from ray_accel_ckpt.image.staging import Slot, SlotPool
-from ray_accel_ckpt.runtime.kept import SCHEME
 from ray_accel_ckpt.runtime.memory import Memory
 from ray_accel_ckpt.runtime.ray_run import RayRun, in_local_mode
 from ray_accel_ckpt.runtime.report import Metrics, plain_metrics, report
@@ -153,7 +153,7 @@ class MemorySink:
 
     def __init__(self, session: Session, memory: Memory, name: str, save_id: str) -> None:
         self._session, self._memory, self._save_id = session, memory, save_id
-        self.path = f"{SCHEME}{name}"
+        self.path = memory.path_of(name)
         # A save that the policy asks for is none the less due, and the end is not saved by it.
         self.of_run = False
 
@@ -277,6 +277,7 @@ def freeze(
     try:
         data = slot.fill(planned.layout, tensors, late=moment.late)
         parts = parts_of(captured, rank=rank)
+        mark = None if unchanging is None else mark_of(unchanging, tensors)
         images = [
             Image(
                 info=info,
@@ -286,7 +287,7 @@ def freeze(
                 wait=slot.copies.wait,
                 frozen=None
                 if unchanging is None
-                else share.image(unchanging, tensors, lasting=last),
+                else share.image(unchanging, tensors, lasting=last, mark=mark),
             )
             for share, last in frozen
         ]
