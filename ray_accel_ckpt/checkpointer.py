@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -24,13 +23,13 @@ from ray_accel_ckpt.runtime.prepare import Preparer
 from ray_accel_ckpt.runtime.report import Metrics
 from ray_accel_ckpt.runtime.restore import Restored
 from ray_accel_ckpt.runtime.resume import Resumer
+from ray_accel_ckpt.runtime.saver import Saver
 from ray_accel_ckpt.runtime.session import Session
-from ray_accel_ckpt.runtime.sinks import Moment, Sink, memory_sink, sink_for
+from ray_accel_ckpt.runtime.sinks import Sink, memory_sink, sink_for
 from ray_accel_ckpt.state.bundle import StateBundle, require_stateful
 from ray_accel_ckpt.state.dealing import require_global_batch_size
 from ray_accel_ckpt.state.hooks import Hooks, LoadHook, SaveHook
 from ray_accel_ckpt.state.loader import PreparedLoader
-from ray_accel_ckpt.state.model import ModelPart
 from ray_accel_ckpt.state.parts import ProgressPart
 from ray_accel_ckpt.state.passes import EpochWatch
 from ray_accel_ckpt.state.skipping import SkippedLoader
@@ -101,7 +100,6 @@ class Checkpointer:
         self.scaler = scaler
         self.resumed_from: str | None = None
         self._policy = save
-        self._overlap = overlap
         self._session = Session(
             project=project_config,
             seed=seed,
@@ -118,7 +116,6 @@ class Checkpointer:
         self._epoch = 0
         self._in_epochs = False
         self._saved_at: tuple[int, int] | None = None
-        self._measured = False
         self._last_metrics: Metrics = None
         self._hooks = Hooks()
         self._bundle = StateBundle()
@@ -136,6 +133,16 @@ class Checkpointer:
             slots=self._slots,
         )
         self._watch = EpochWatch(lambda: self._bundle.of_type(PreparedLoader))
+        self._saver = Saver(
+            session=self._session,
+            bundle=self._bundle,
+            hooks=self._hooks,
+            preparer=self._preparer,
+            slots=self._slots,
+            heartbeat=self._heartbeat,
+            watch=self._watch,
+            overlap=overlap,
+        )
 
     # --- where the loop stands ---------------------------------------------------------
 
@@ -435,10 +442,7 @@ class Checkpointer:
             StorageError: what a save in the background failed with.
             TornSnapshotError: see `overlap`.
         """
-        try:
-            self._slots.settle()
-        finally:
-            self._session.flush()
+        self._saver.flush()
 
     # --- inside ------------------------------------------------------------------------
 
@@ -462,29 +466,8 @@ class Checkpointer:
     def _save(self, sink: Sink | None, metrics: Metrics) -> str:
         if sink is None:
             return ""
-        self._slots.settle()
-        waited = self._slots.take_waited()
-        if self._measured:
-            self._heartbeat.also_blocked(waited)
-        self._measured = sink.of_run
-        models = self._bundle.of_type(ModelPart)
         step, epoch = self._position()
-        # What goes elsewhere takes other times, and nobody resumes from it.
-        measured = self._heartbeat.saving() if sink.of_run else nullcontext(lambda: None)
-        with measured as durable:
-            captured = self._bundle.capture(
-                weights=self._hooks.weights(models, sink.path),
-                replayed=self._watch.replayed(),
-                with_gradients=self._preparer.window.open,
-            )
-            moment = Moment(
-                captured=captured,
-                late=self._bundle.written_by_optimizers(captured) if self._overlap else {},
-                frozen=self._bundle.frozen(captured),
-                step=step,
-                epoch=epoch,
-            )
-            sink.save(moment, self._slots, metrics=metrics, durable=durable)
+        self._saver.save(sink, step=step, epoch=epoch, metrics=metrics)
         if sink.of_run:
             self._saved_at = (step, epoch)
         return sink.path
