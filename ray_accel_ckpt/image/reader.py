@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ray_accel_ckpt.errors import CorruptCheckpointError, NotACheckpointError
 from ray_accel_ckpt.image.manifest import Manifest, PartInfo, ShardInfo, SliceInfo
 from ray_accel_ckpt.image.pieces import dtype_of
-from ray_accel_ckpt.state.box import tile
+from ray_accel_ckpt.state.box import Box, tile
 from ray_accel_ckpt.state.part import SavedPart, SavedTensor, Scope
 from ray_accel_ckpt.state.tree import tensor_refs
 
@@ -53,6 +53,7 @@ class Snapshot:
         self.shared: dict[str, list[Located]] = {}
         self.own: list[dict[str, Located]] = [{} for _ in self.manifests]
         self.shards: dict[int, ShardInfo] = {}
+        self._parts: dict[int, dict[str, SavedPart]] = {}
         for manifest in self.manifests:
             for kind, (shard, slices) in enumerate(manifest.files):
                 number = kind * self.world_size + manifest.rank
@@ -94,10 +95,12 @@ class Snapshot:
         Raises:
             CorruptCheckpointError: a part refers to a tensor that is not there.
         """
-        mine = self.manifests[rank].parts if rank < self.world_size else {}
-        found = {n: p for n, p in self.manifests[0].parts.items() if not p.per_rank}
-        found |= {n: mine[n] for n in self.per_rank_parts() if n in mine and mine[n].per_rank}
-        return {name: self._saved(name, part, rank) for name, part in found.items()}
+        if rank not in self._parts:
+            mine = self.manifests[rank].parts if rank < self.world_size else {}
+            found = {n: p for n, p in self.manifests[0].parts.items() if not p.per_rank}
+            found |= {n: mine[n] for n in self.per_rank_parts() if n in mine and mine[n].per_rank}
+            self._parts[rank] = {name: self._saved(name, p, rank) for name, p in found.items()}
+        return dict(self._parts[rank])
 
     def per_rank_parts(self) -> frozenset[str]:
         """Names of the parts of which each rank has its own."""
@@ -146,6 +149,8 @@ class Snapshot:
     def _check_cover(self, name: str, pieces: list[Located]) -> None:
         pieces.sort(key=lambda p: (p.info.offsets, p.info.sizes))
         first = pieces[0].info
+        if len(pieces) == 1 and first.box == Box.whole(first.shape):
+            return
         alike = all((p.info.dtype, p.info.shape) == (first.dtype, first.shape) for p in pieces)
         if not alike or not tile(first.shape, [p.info.box for p in pieces]):
             raise NotACheckpointError(

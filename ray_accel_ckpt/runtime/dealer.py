@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 
-from ray_accel_ckpt.image.pieces import Piece, Staged
+from ray_accel_ckpt.image.pieces import Piece
+from ray_accel_ckpt.image.staged import Staged
 from ray_accel_ckpt.runtime.destination import Destination, Wanted
 from ray_accel_ckpt.runtime.group import Group
 
@@ -37,9 +38,8 @@ class Dealer:
         """Fill the fresh tensors, or those of live objects, from the slots of all ranks."""
         tensors = self._tensors
         for stored, pieces in self._wanted.own.items():
-            for piece in pieces:
-                if tensors.is_live(piece) is live:
-                    tensors.put(piece, self._staged[stored].rows(piece))
+            chosen = [piece for piece in pieces if tensors.is_live(piece) is live]
+            self._put(chosen, self._staged[stored])
         for stored, pieces in self._wanted.common.items():
             chosen = [piece for piece in pieces if tensors.is_live(piece) is live]
             for chunk in _chunks(sorted(chosen, key=lambda p: p.info.begin)):
@@ -48,8 +48,7 @@ class Dealer:
     def _deal_chunk(self, chunk: list[Piece], source: int, held: Staged | None) -> None:
         group, tensors = self._group, self._tensors
         if group.world_size == 1 and held is not None:
-            for piece in chunk:
-                tensors.put(piece, held.rows(piece))
+            self._put(chunk, held)
             return
         buffer = torch.empty(sum(padded(p.nbytes) for p in chunk), dtype=torch.uint8)
         views = []
@@ -58,11 +57,16 @@ class Dealer:
             views.append(piece.view(buffer[at : at + piece.nbytes]))
             at += padded(piece.nbytes)
         if held is not None and group.rank == source:
-            for piece, view in zip(chunk, views, strict=True):
-                view.copy_(held.rows(piece))
+            torch._foreach_copy_(views, [held.rows(piece) for piece in chunk])
         group.broadcast(buffer, source)
-        for piece, view in zip(chunk, views, strict=True):
-            tensors.put(piece, view)
+        if held is not None and group.rank == source:
+            self._put(chunk, held)
+        else:
+            tensors.put(zip(chunk, views, strict=True))
+
+    def _put(self, pieces: Iterable[Piece], held: Staged) -> None:
+        """Copy what this rank read to where it goes, unless it was read there."""
+        self._tensors.put((p, held.rows(p)) for p in pieces if not held.in_place(p))
 
 
 def _chunks(pieces: list[Piece]) -> Iterator[list[Piece]]:

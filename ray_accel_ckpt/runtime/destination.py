@@ -8,14 +8,14 @@ its own shard, and reads just these. What a worker has for itself only it reads.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 import xxhash
 
 from ray_accel_ckpt.image.pieces import Piece, dtype_of
 from ray_accel_ckpt.image.reader import Located, Snapshot
-from ray_accel_ckpt.state.box import Box, copy_overlap
+from ray_accel_ckpt.state.box import Box, overlap
 from ray_accel_ckpt.state.bundle import Plan
 from ray_accel_ckpt.state.part import Scope
 from ray_accel_ckpt.state.sharding import empty_like, held, is_sharded, local
@@ -57,10 +57,31 @@ class Destination:
         """What this rank holds of a tensor."""
         return self._boxes[name]
 
-    def put(self, piece: Piece, rows: torch.Tensor) -> None:
-        """Copy what `rows` hold of this rank's part."""
+    def place(self, piece: Piece) -> torch.Tensor | None:
+        """The memory (uint8) of a fresh tensor that is just the piece's bytes, if there is such."""
         name = piece.info.name
-        copy_overlap(local(self.all[name]), self._boxes[name], rows, piece.box)
+        here, box, rows = local(self.all[name]), self._boxes[name], piece.box
+        # Of a scalar that is left out, the rows would be a copy and no view.
+        plain = here.device.type == "cpu" and here.is_contiguous() and bool(box.size)
+        if name in self._live or not plain or piece.nbytes == 0:
+            return None
+        if (rows.start[1:], rows.size[1:]) != (box.start[1:], box.size[1:]):
+            return None
+        first = rows.start[0] - box.start[0]
+        if first < 0 or first + rows.size[0] > box.size[0]:
+            return None
+        return here[first : first + rows.size[0]].view(-1).view(torch.uint8)
+
+    def put(self, found: Iterable[tuple[Piece, torch.Tensor]]) -> None:
+        """Copy what rows of pieces hold of this rank's part."""
+        pairs = [
+            overlap(local(self.all[piece.info.name]), self._boxes[piece.info.name], rows, piece.box)
+            for piece, rows in found
+        ]
+        common = [pair for pair in pairs if pair is not None]
+        if common:
+            # One call: of many small tensors each costs little else than being called for.
+            torch._foreach_copy_([target for target, _ in common], [rows for _, rows in common])
 
 
 class Wanted:

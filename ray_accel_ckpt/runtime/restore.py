@@ -26,8 +26,8 @@ from ray_accel_ckpt.errors import (
     NotACheckpointError,
     NoUsableCheckpointError,
 )
-from ray_accel_ckpt.image.pieces import Staged
 from ray_accel_ckpt.image.reader import Snapshot
+from ray_accel_ckpt.image.staged import Staged
 from ray_accel_ckpt.image.staging import Slot
 from ray_accel_ckpt.runtime.dealer import Dealer, padded
 from ray_accel_ckpt.runtime.destination import Destination, Wanted
@@ -149,7 +149,9 @@ class Restorer:
         wanted = Wanted(plan, snapshot, tensors, rank)
         self._require_same(wanted, path)
         readers = self._readers(snapshot, kept)
-        staged = self.group.agreed(lambda: self._read(filesystem, snapshot, wanted, readers))
+        staged = self.group.agreed(
+            lambda: self._read(filesystem, snapshot, wanted, readers, tensors)
+        )
         dealer = Dealer(self.group, wanted, readers, staged, tensors)
         dealer.deal(live=False)
         states = self.group.agreed(lambda: self._understood(plan, tensors))
@@ -222,8 +224,12 @@ class Restorer:
         snapshot: Snapshot,
         wanted: Wanted,
         readers: Mapping[int, int],
+        tensors: Destination,
     ) -> dict[int, Staged]:
-        """Read and prove what is this rank's to read, by the shard it lies in."""
+        """Read and prove what is this rank's to read, by the shard it lies in.
+
+        What nothing holds yet is read to where it stays; the rest to the slot.
+        """
         fetch = ShardFetch(filesystem, snapshot)
         mine = {}
         for stored in snapshot.shards:
@@ -231,7 +237,9 @@ class Restorer:
             if readers[stored] == self.group.rank:
                 pieces += wanted.common.get(stored, ())
             if pieces:
-                mine[stored] = fetch.staged(stored, pieces)
+                places = {piece.info.name: tensors.place(piece) for piece in pieces}
+                fresh = {name: place for name, place in places.items() if place is not None}
+                mine[stored] = fetch.staged(stored, pieces, fresh)
         buffer = self.slot.reserve(sum(padded(s.nbytes) for s in mine.values()))
         at = 0
         for stored, staged in mine.items():

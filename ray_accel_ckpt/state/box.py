@@ -65,12 +65,24 @@ class Box:
         )
 
 
+def overlap(
+    target: torch.Tensor, target_box: Box, source: torch.Tensor, box: Box
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Of `target` (holds `target_box`) and `source` (holds `box`), what both hold; as views."""
+    if box == target_box:
+        return target, source
+    common = target_box.meet(box)
+    if common is None:
+        return None
+    return target[common.within(target_box)], source[common.within(box)]
+
+
 @torch.no_grad()
 def copy_overlap(target: torch.Tensor, target_box: Box, source: torch.Tensor, box: Box) -> None:
-    """Copy what both boxes hold from `source` (holds `box`) to `target` (holds `target_box`)."""
-    common = target_box.meet(box)
+    """Copy what both hold from `source` to `target`."""
+    common = overlap(target, target_box, source, box)
     if common is not None:
-        target[common.within(target_box)].copy_(source[common.within(box)])
+        common[0].copy_(common[1])
 
 
 def tile(shape: Sequence[int], boxes: Iterable[Box]) -> bool:

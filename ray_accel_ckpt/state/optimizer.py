@@ -79,9 +79,9 @@ class OptimizerPart:
                 sharded like it nor a single number.
         """
         own = self._own()
-        if not own and not any(map(is_sharded, self._parameters())):
+        if not own and not self._sharded():
             return {}
-        parameters = dict(zip(self._names(), self._parameters(), strict=True))
+        parameters = self._named()
         scopes = {}
         for name, parameter, ref in self._states(captured.value, parameters):
             tensor = captured.tensors[ref]
@@ -104,9 +104,8 @@ class OptimizerPart:
 
     def replicated(self, saved: SavedPart) -> set[str]:
         """Stored names of what has to be the same on all ranks."""
-        parameters = dict(zip(self._names(), self._parameters(), strict=True))
         own = self._own()
-        states = self._states(saved.value, parameters)
+        states = self._states(saved.value, self._named())
         return {ref for _, p, ref in states if id(p) not in own and not is_sharded(p)}
 
     def _states(
@@ -119,17 +118,19 @@ class OptimizerPart:
                     yield name, parameters[name], ref
 
     def compare(self, saved: SavedPart, differences: Differences) -> None:
-        shapes = dict(zip(self._names(), (tuple(p.shape) for p in self._parameters()), strict=True))
+        parameters = self._named()
         stored = [name for group in _groups(saved.value) for name in group]
-        differences.missing += [f"{self.name}/{n}" for n in shapes if n not in set(stored)]
-        differences.unexpected += [f"{self.name}/{n}" for n in stored if n not in shapes]
+        known = set(stored)
+        differences.missing += [f"{self.name}/{n}" for n in parameters if n not in known]
+        differences.unexpected += [f"{self.name}/{n}" for n in stored if n not in parameters]
         live_groups = len(self.optimizer.param_groups)
         if len(_groups(saved.value)) != live_groups:
             differences.differing.append(
                 f"{self.name} (checkpoint: {len(_groups(saved.value))} parameter groups, "
                 f"optimizer: {live_groups})"
             )
-        parameters = dict(zip(self._names(), self._parameters(), strict=True))
+        if not self._sharded():
+            return
         for name, parameter, ref in self._states(saved.value, parameters):
             shape = saved.tensors[ref].shape
             if is_sharded(parameter) and shape != tuple(parameter.shape) and math.prod(shape) != 1:
@@ -142,10 +143,11 @@ class OptimizerPart:
         return {}
 
     def templates(self, saved: SavedPart) -> Mapping[str, torch.Tensor]:
-        parameters = dict(zip(self._names(), self._parameters(), strict=True))
+        if not self._sharded():
+            return {}
         return {
             ref: parameter
-            for _, parameter, ref in self._states(saved.value, parameters)
+            for _, parameter, ref in self._states(saved.value, self._named())
             if is_sharded(parameter)
             and saved.tensors[ref].shape == tuple(parameter.shape)
             # The count of steps has the shape of a scalar parameter, and is no part of it.
@@ -153,7 +155,7 @@ class OptimizerPart:
         }
 
     def check(self, state: Any) -> None:
-        shapes = dict(zip(self._names(), (p.shape for p in self._parameters()), strict=True))
+        shapes = {name: parameter.shape for name, parameter in self._named().items()}
         known = isinstance(state, dict) and {"state", "groups"} <= set(state)
         extra = state.get("extra", {}) if known else None
         sound = known and isinstance(state["state"], dict)
@@ -168,7 +170,7 @@ class OptimizerPart:
 
     def apply(self, state: Any) -> None:
         names = self._names()
-        groups = _regrouped(state["groups"], self._group_names())
+        groups = _regrouped(state["groups"], self._grouped(names))
         position = {name: i for i, name in enumerate(names)}
         positional = {
             "state": {position.get(key, key): each for key, each in state["state"].items()},
@@ -199,9 +201,15 @@ class OptimizerPart:
     def _parameters(self) -> list[torch.nn.Parameter]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
-    def _group_names(self) -> list[list[str]]:
-        names = iter(self._names())
-        return [[next(names) for _ in group["params"]] for group in self.optimizer.param_groups]
+    def _sharded(self) -> bool:
+        return any(map(is_sharded, self._parameters()))
+
+    def _named(self) -> dict[str, torch.nn.Parameter]:
+        return dict(zip(self._names(), self._parameters(), strict=True))
+
+    def _grouped(self, names: list[str]) -> list[list[str]]:
+        each = iter(names)
+        return [[next(each) for _ in group["params"]] for group in self.optimizer.param_groups]
 
     def _names(self) -> list[str]:
         """One name a parameter, in position order; unnamed ones go by group and place."""

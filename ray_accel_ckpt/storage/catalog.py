@@ -9,8 +9,9 @@ may also hold a reference and stand for a checkpoint that lies elsewhere.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 import xxhash
@@ -18,8 +19,9 @@ import xxhash
 from ray_accel_ckpt.errors import CorruptCheckpointError, NotACheckpointError
 from ray_accel_ckpt.image import manifest as manifests
 from ray_accel_ckpt.image.manifest import Manifest, ShardInfo, SliceInfo, manifest_name
-from ray_accel_ckpt.image.pieces import Piece, Staged
+from ray_accel_ckpt.image.pieces import Piece
 from ray_accel_ckpt.image.reader import Snapshot
+from ray_accel_ckpt.image.staged import Staged
 from ray_accel_ckpt.storage.access import READ_TIMEOUT, listed, read_file
 from ray_accel_ckpt.storage.filesystem import Readable
 from ray_accel_ckpt.storage.reference import ORIGIN, REFERENCE, read_reference
@@ -182,9 +184,14 @@ class ShardFetch:
     def __call__(self, shard: int, offset: int, into: memoryview) -> None:
         _read_range(self._filesystem, self.path(shard), offset, into, self._timeout)
 
-    def staged(self, shard: int, pieces: Iterable[Piece]) -> Staged:
+    def staged(
+        self,
+        shard: int,
+        pieces: Iterable[Piece],
+        places: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    ) -> Staged:
         """A plan for reading pieces of one shard."""
-        return Staged(shard, pieces, block=self._snapshot.shards[shard].block)
+        return Staged(shard, pieces, block=self._snapshot.shards[shard].block, places=places)
 
     def piece(self, shard: int, piece: Piece) -> torch.Tensor:
         """Read and prove some rows, with the blocks they lie in and nothing else."""

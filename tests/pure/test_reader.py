@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -12,10 +13,11 @@ from hypothesis import strategies as st
 
 from ray_accel_ckpt.errors import CorruptCheckpointError, NotACheckpointError
 from ray_accel_ckpt.image import hashing as images
-from ray_accel_ckpt.image import pieces
+from ray_accel_ckpt.image import staged as staging
 from ray_accel_ckpt.image.image import Hashing, Image
-from ray_accel_ckpt.image.pieces import Piece, Staged
+from ray_accel_ckpt.image.pieces import Piece
 from ray_accel_ckpt.image.reader import Located, Snapshot
+from ray_accel_ckpt.image.staged import Staged
 from ray_accel_ckpt.image.staging import bytes_of as view_of
 from ray_accel_ckpt.state.part import Scope
 from tests.helpers_image import Small, bytes_of, image_of, part_of, small_image
@@ -113,7 +115,7 @@ def test_slices_that_are_not_neighbours_are_read_alone() -> None:
 
 def test_a_long_slice_is_read_in_stretches_of_whole_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images, "BLOCK", 64)
-    monkeypatch.setattr(pieces, "_STRETCH", 200)
+    monkeypatch.setattr(staging, "_STRETCH", 200)
     x = torch.arange(1000, dtype=torch.uint8)
     shards = Shards([image_of(part_of({"x": x}))])
     begin = shards.manifests[0].slices[0].begin
@@ -126,7 +128,7 @@ def test_a_long_slice_is_read_in_stretches_of_whole_blocks(monkeypatch: pytest.M
 
 def test_proving_reads_all_and_keeps_a_stretch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images, "BLOCK", 64)
-    monkeypatch.setattr(pieces, "_STRETCH", 128)
+    monkeypatch.setattr(staging, "_STRETCH", 128)
     shards = Shards([image_of(part_of({"x": torch.arange(500), "y": torch.zeros(3, 5)}))])
     (manifest,) = shards.manifests
     staged = Staged(0, map(Piece.whole, manifest.slices), block=manifest.shard.block)
@@ -138,6 +140,47 @@ def test_proving_reads_all_and_keeps_a_stretch(monkeypatch: pytest.MonkeyPatch) 
     shards.data[0][-1] ^= 1
     with pytest.raises(CorruptCheckpointError, match="part/y"):
         staged.prove(shards.fetch, where="the shard")
+
+
+@pytest.mark.parametrize("stretch", [64, 200, 10_000])
+def test_slices_go_to_memory_of_their_own_or_to_the_buffer(
+    monkeypatch: pytest.MonkeyPatch, stretch: int
+) -> None:
+    monkeypatch.setattr(images, "BLOCK", 64)
+    monkeypatch.setattr(staging, "_STRETCH", stretch)
+    value = {name: torch.arange(n, dtype=torch.int16) for n, name in enumerate("abcd", 90)}
+    shards = Shards([image_of(part_of(value))])
+    (manifest,) = shards.manifests
+    places = {f"part/{name}": torch.zeros(value[name].nbytes, dtype=torch.uint8) for name in "bd"}
+    staged = Staged(0, map(Piece.whole, manifest.slices), block=manifest.shard.block, places=places)
+    buffer = torch.empty(staged.nbytes, dtype=torch.uint8)
+    assert staged.nbytes < manifest.shard.nbytes - sum(p.numel() for p in places.values())
+    staged.read(shards.fetch, buffer, where="the shard")
+    for info in manifest.slices:
+        piece, expected = Piece.whole(info), value[info.name[-1]]
+        assert torch.equal(staged.rows(piece), expected)
+        assert staged.in_place(piece) is (info.name in places)
+    assert all(torch.equal(p.view(torch.int16), value[n[-1]]) for n, p in places.items())
+    ranges = sorted((offset, nbytes) for _, offset, nbytes in shards.reads)
+    assert all(a + n <= b for (a, n), (b, _) in pairwise(ranges))
+    begin = next(info.begin for info in manifest.slices if info.name == "part/d")
+    shards.data[0][begin + 70] ^= 1
+    with pytest.raises(CorruptCheckpointError, match="part/d"):
+        staged.read(shards.fetch, buffer, where="the shard")
+
+
+def test_what_is_no_whole_blocks_goes_to_the_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "BLOCK", 64)
+    x = torch.arange(100)
+    shards = Shards([image_of(part_of({"x": x}))])
+    (info,) = shards.manifests[0].slices
+    piece = Piece(info=info, first=3, stop=50)
+    place = torch.zeros(piece.nbytes, dtype=torch.uint8)
+    staged = Staged(0, [piece], block=64, places={info.name: place})
+    staged.read(shards.fetch, torch.empty(staged.nbytes, dtype=torch.uint8), where="the shard")
+    assert torch.equal(staged.rows(piece), x[3:50])
+    assert not staged.in_place(piece)
+    assert not place.any()
 
 
 def test_a_damaged_block_is_named_by_its_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
