@@ -66,6 +66,11 @@ class Checkpointer:
         memory: ``MemoryTier(every_steps=1)`` keeps snapshots in the nodes' memory too, so that
             a restart loses little and reads no storage. A snapshot costs training what a save
             does; one waits until the one before is where it is to be.
+        broadcast: whether `load_state` has what all workers need read once by all of them
+            together, each its part, and broadcast over the training's group. False: each worker
+            reads all it needs. That spares the group, and takes the storage's answers and host
+            memory for the whole model on each worker instead of for a part of it: for files that
+            are in the cache or on the disk of each node. All workers must say the same.
         storage_timeout: seconds that throttling, resets and 5xx are retried
             for, in the background, before the save fails.
         ddp_kwargs: passed to `DistributedDataParallel`.
@@ -84,6 +89,7 @@ class Checkpointer:
         slots: int = 2,
         overlap: bool = False,
         memory: MemoryTier | None = None,
+        broadcast: bool = True,
         storage_timeout: float = 600.0,
         ddp_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
@@ -93,8 +99,9 @@ class Checkpointer:
             raise ConfigurationError(
                 f"storage_timeout must be positive seconds, not {storage_timeout!r}"
             )
-        if not isinstance(overlap, bool):
-            raise ConfigurationError(f"overlap must be True or False, not {overlap!r}")
+        for name, given in (("overlap", overlap), ("broadcast", broadcast)):
+            if not isinstance(given, bool):
+                raise ConfigurationError(f"{name} must be True or False, not {given!r}")
         if memory is not None and not isinstance(memory, MemoryTier):
             raise ConfigurationError(f"memory must be a MemoryTier or None, not {memory!r}")
         self.scaler = scaler
@@ -131,6 +138,7 @@ class Checkpointer:
             hooks=self._hooks,
             preparer=self._preparer,
             slots=self._slots,
+            broadcast=broadcast,
         )
         self._watch = EpochWatch(lambda: self._bundle.of_type(PreparedLoader))
         self._saver = Saver(

@@ -47,9 +47,6 @@ class Dealer:
 
     def _deal_chunk(self, chunk: list[Piece], source: int, held: Staged | None) -> None:
         group, tensors = self._group, self._tensors
-        if group.world_size == 1 and held is not None:
-            self._put(chunk, held)
-            return
         buffer = torch.empty(sum(padded(p.nbytes) for p in chunk), dtype=torch.uint8)
         views = []
         at = 0

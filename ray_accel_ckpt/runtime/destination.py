@@ -61,7 +61,7 @@ class Destination:
         """The memory (uint8) of a fresh tensor that is just the piece's bytes, if there is such."""
         name = piece.info.name
         here, box, rows = local(self.all[name]), self._boxes[name], piece.box
-        # Of a scalar that is left out, the rows would be a copy and no view.
+        # A scalar has no rows, and is not worth more.
         plain = here.device.type == "cpu" and here.is_contiguous() and bool(box.size)
         if name in self._live or not plain or piece.nbytes == 0:
             return None
@@ -89,16 +89,27 @@ class Wanted:
 
     Attributes:
         common: needed by all ranks, and so the same on all of them.
-        own: needed by this rank alone.
+        own: needed by this rank alone, or to be read by it whoever else needs it.
+
+    Args:
+        together: whether anything is common.
     """
 
-    def __init__(self, plan: Plan, snapshot: Snapshot, tensors: Destination, rank: int) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        snapshot: Snapshot,
+        tensors: Destination,
+        rank: int,
+        *,
+        together: bool,
+    ) -> None:
         common: dict[int, dict[str, Piece]] = {}
         own: dict[int, dict[str, Piece]] = {}
         for name in [name for _, saved in plan.parts for name in saved.tensors]:
             whole = tensors.is_sharded(name) or name in plan.replicated
             for located in self._located(snapshot, name, rank, whole=whole):
-                alone = _is_own(located) or tensors.is_sharded(name)
+                alone = not together or _is_own(located) or tensors.is_sharded(name)
                 piece = Piece.whole(located.info)
                 if tensors.is_sharded(name):
                     overlap = Piece.overlapping(located.info, tensors.box(name))

@@ -2,10 +2,10 @@
 
 A save run backwards. Each rank reads into a staging slot and proves what is its
 to read: what it alone needs (its rows of sharded tensors, its own streams), and
-of what all need whole its share, so that those bytes are read once by the group.
-All ranks tell each other whether theirs is good; and only then are slices dealt
-out into live tensors. Nothing is half applied, and no rank needs more host memory
-than its slot and one chunk.
+of what all need whole its share, so that those bytes are read once by the group,
+unless each is to read for itself (`broadcast`). All ranks tell each other whether
+theirs is good; and only then are slices dealt out into live tensors. Nothing is half
+applied, and no rank needs more host memory than its slot and one chunk.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 
 from ray_accel_ckpt.errors import (
     CheckpointError,
+    ConfigurationError,
     CorruptCheckpointError,
     FormatVersionError,
     NotACheckpointError,
@@ -75,12 +76,14 @@ class Restorer:
         decide: compares a snapshot with the registered state; raises
             `StateMismatchError` before anything changes.
         device: where tensors go that are not copied into live ones.
+        broadcast: whether what all ranks need is read once by the group, and not by each rank.
     """
 
     filesystem: Readable
     group: Group
     slot: Slot
     device: torch.device
+    broadcast: bool
     decide: Decide
 
     def newest(
@@ -146,7 +149,8 @@ class Restorer:
         plan = self.group.agreed(lambda: self.decide(snapshot))
         rank = self.group.rank
         tensors = self.group.agreed(lambda: Destination(plan, snapshot, rank, self.device))
-        wanted = Wanted(plan, snapshot, tensors, rank)
+        together = self.broadcast and self.group.world_size > 1
+        wanted = Wanted(plan, snapshot, tensors, rank, together=together)
         self._require_same(wanted, path)
         readers = self._readers(snapshot, kept)
         staged = self.group.agreed(
@@ -194,7 +198,14 @@ class Restorer:
 
     def _require_same(self, wanted: Wanted, path: str) -> None:
         """What is broadcast must be the same on all ranks, whatever the manifests claim."""
-        if len(set(self.group.gather(wanted.digest()))) > 1:
+        told = self.group.gather([self.broadcast, wanted.digest()])
+        if len({broadcast for broadcast, _ in told}) > 1:
+            raise ConfigurationError(
+                "some workers have broadcast=True and others broadcast=False",
+                where=", ".join(f"rank {rank}: {each}" for rank, (each, _) in enumerate(told)),
+                remedy="make every worker's Checkpointer with the same arguments",
+            )
+        if len({digest for _, digest in told}) > 1:
             raise CorruptCheckpointError(
                 "the ranks of a checkpoint do not say the same of what they share",
                 where=path,

@@ -29,13 +29,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Resumer:
-    """Loads into one worker's bundle."""
+    """Loads into one worker's bundle.
+
+    Attributes:
+        broadcast: see `Checkpointer`.
+    """
 
     session: Session
     bundle: StateBundle
     hooks: Hooks
     preparer: Preparer
     slots: SlotPool
+    broadcast: bool
 
     @contextmanager
     def restorer(
@@ -53,6 +58,7 @@ class Resumer:
                 group=self.session.group,
                 slot=slot,
                 device=self.preparer.device,
+                broadcast=self.broadcast,
                 decide=lambda snapshot: self._plan(snapshot, only, strict),
             )
         finally:

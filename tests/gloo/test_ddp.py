@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +17,7 @@ from torch import nn
 
 from ray_accel_ckpt import Checkpointer, EverySteps, ProjectConfiguration, errors, open_checkpoint
 from ray_accel_ckpt.image import copies
+from ray_accel_ckpt.storage.filesystem import LocalFilesystem
 from tests.gloo.workers import spawn, write
 from tests.training import train
 
@@ -149,3 +154,55 @@ def test_another_number_of_workers_goes_on(tmp_path: Path, before: int, after: i
     spawn(_other_world, after, tmp_path / "run")
     for rank in range(after):
         assert (tmp_path / "run" / f"step-{after}-{rank}").read_text().endswith("True")
+
+
+def _reads(rank: int, world_size: int, directory: Path) -> None:
+    def made(broadcast: bool) -> tuple[Checkpointer, nn.Module]:
+        torch.manual_seed(int(broadcast))
+        model = nn.Linear(512, 512)
+        ckpt = Checkpointer(broadcast=broadcast)
+        prepared, _ = ckpt.prepare(model, torch.optim.Adam(model.parameters()))
+        return ckpt, prepared
+
+    ckpt, saved = made(True)
+    ckpt.save_state(directory / "there")
+    dist.barrier()
+    for broadcast in (True, False):
+        ckpt, model = made(broadcast)
+        with counted_reads() as read:
+            ckpt.load_state(directory / "there")
+        for name, tensor in saved.state_dict().items():
+            assert torch.equal(tensor, model.state_dict()[name])
+        write(directory / f"read-{broadcast}-{rank}", str(sum(read)))
+    ckpt, _ = made(rank == 0)
+    with pytest.raises(errors.ConfigurationError, match="broadcast=False") as caught:
+        ckpt.load_state(directory / "there")
+    write(directory / f"refused-{rank}", str(caught.value.where))
+
+
+@contextmanager
+def counted_reads() -> Iterator[list[int]]:
+    """The bytes of shards that this process asks for."""
+    read, lengths = LocalFilesystem.read_into, []
+
+    def counted(filesystem: Any, path: str, offset: int, buffer: memoryview) -> None:
+        if path.endswith(".safetensors") and offset > 0:
+            lengths.append(len(buffer))
+        read(filesystem, path, offset, buffer)
+
+    with mock.patch.object(LocalFilesystem, "read_into", counted):
+        yield lengths
+
+
+def test_workers_read_together_or_each_for_itself(tmp_path: Path) -> None:
+    spawn(_reads, 3, tmp_path)
+    parameters = (512 * 512 + 512) * 4
+    together = [int((tmp_path / f"read-True-{rank}").read_text()) for rank in range(3)]
+    alone = [int((tmp_path / f"read-False-{rank}").read_text()) for rank in range(3)]
+    # Of what each has for itself, its random streams, there are some KB.
+    small = 100_000
+    assert parameters <= sum(together) < parameters + small
+    assert all(read < parameters for read in together)
+    assert all(parameters <= read < parameters + small for read in alone)
+    for rank in range(3):
+        assert "rank 0: True, rank 1: False" in (tmp_path / f"refused-{rank}").read_text()
