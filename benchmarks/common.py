@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
+import socket
 import statistics
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 WIDTH = 512
@@ -27,6 +32,32 @@ def network(megabytes: float) -> nn.Module:
     layer_nbytes = 3 * 4 * (WIDTH * WIDTH + WIDTH)
     layers = max(1, round(megabytes * 1e6 / layer_nbytes))
     return nn.Sequential(*(Layer() for _ in range(layers)))
+
+
+def spawn(work: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
+    """Do some work in `args.workers` processes, a gloo group on the host."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    torch.multiprocessing.spawn(_worker, args=(work, args, port), nprocs=args.workers)
+
+
+def _worker(
+    rank: int, work: Callable[[argparse.Namespace], None], args: argparse.Namespace, port: int
+) -> None:
+    warnings.filterwarnings("ignore")
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(args.workers),
+        "LOCAL_WORLD_SIZE": str(args.workers),
+    }
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.workers))
+    dist.init_process_group("gloo")
+    work(args)
+    dist.destroy_process_group()
 
 
 def spread(seconds: list[float]) -> str:

@@ -1,9 +1,9 @@
 """How long it takes from files to a model and an optimizer that can go on, beside other ways.
 
-One process. Each way loads what it has saved itself, model and Adam, in turn,
-several times over:
+One process or several (gloo, on the host) that hold one data parallel model. Each way
+loads what it has saved itself, model and Adam, in turn, several times over:
 
-    python benchmarks/restore.py --megabytes 600 --rounds 5 --cold
+    python benchmarks/restore.py --megabytes 600 --workers 1 --rounds 5 --cold
 
 See benchmarks/README.md for what is measured.
 """
@@ -14,9 +14,9 @@ import argparse
 import os
 import random
 import shutil
+import statistics
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +25,12 @@ from typing import Any
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the host only, on any machine
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from benchmarks.common import WIDTH, machine, network, spread
+from benchmarks.common import WIDTH, machine, network, spawn, spread
 from ray_accel_ckpt import Checkpointer
 
 
@@ -52,44 +53,51 @@ class Live:
     """What is saved, and loaded into."""
 
     ckpt: Checkpointer
+    alone: Checkpointer
     model: nn.Module
+    bare: nn.Module
     optimizer: torch.optim.Optimizer
 
     def state(self) -> dict[str, Any]:
-        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        return {"model": self.bare.state_dict(), "optimizer": self.optimizer.state_dict()}
 
     def set(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
+        self.bare.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
 
     def digest(self) -> float:
-        return sum(float(p.detach().double().sum()) for p in self.model.parameters())
+        return sum(float(p.detach().double().sum()) for p in self.bare.parameters())
 
 
 def live(megabytes: float) -> Live:
     torch.manual_seed(0)
-    ckpt, bare = Checkpointer(), network(megabytes)
+    bare = network(megabytes)
+    ckpt, alone = Checkpointer(), Checkpointer(broadcast=False)
     model, optimizer = ckpt.prepare(bare, torch.optim.Adam(bare.parameters()))
     ckpt.backward(model(torch.ones(1, WIDTH)).sum())
     optimizer.step()
     optimizer.zero_grad()
-    return Live(ckpt=ckpt, model=model, optimizer=optimizer)
+    alone.prepare(model, optimizer)
+    return Live(ckpt=ckpt, alone=alone, model=model, bare=bare, optimizer=optimizer)
 
 
 def methods_for(live: Live) -> list[Method]:
-    buffer = bytearray()
+    nbytes = sum(t.nbytes for t in _tensors(live))
+    kept = bytearray(nbytes)
 
     def raw_save(directory: Path) -> None:
         directory.mkdir()
-        nbytes = sum(t.nbytes for t in _tensors(live))
         (directory / "raw").write_bytes(os.urandom(1 << 20) * (nbytes >> 20))
-        buffer.extend(bytes(nbytes))
 
-    def raw_load(directory: Path) -> None:
+    def raw_load(directory: Path, buffer: Any) -> None:
         with open(directory / "raw", "rb", buffering=0) as file:
             view, done = memoryview(buffer), 0
             while got := file.readinto(view[done:]):
                 done += got
+
+    def raw_load_fresh(directory: Path) -> None:
+        # No bytearray: that would be zeroed first.
+        raw_load(directory, torch.empty(nbytes, dtype=torch.uint8).numpy())
 
     def torch_save(directory: Path) -> None:
         directory.mkdir()
@@ -111,44 +119,75 @@ def methods_for(live: Live) -> list[Method]:
 
     def dcp_load(directory: Path) -> None:
         state = live.state()
-        dcp.load(state, checkpoint_id=directory, no_dist=True)
+        dcp.load(state, checkpoint_id=directory)
         live.set(state)
+
+    def dcp_save(directory: Path) -> None:
+        dcp.save(live.state(), checkpoint_id=directory)
 
     def named(name: str, save: Any, load: Any, *, proves: bool = False) -> Method:
         return Method(name=name, proves=proves, save=save, load=load)
 
-    return [
-        named("raw read into a buffer", raw_save, raw_load),
+    methods = [
+        named("raw read into a buffer", by_one(raw_save), lambda d: raw_load(d, kept)),
+        named("raw read into fresh memory", by_one(raw_save), raw_load_fresh),
         named("ray_accel_ckpt load_state", live.ckpt.save_state, live.ckpt.load_state, proves=True),
-        named("safetensors load_file + copy", safetensors_save, safetensors_load),
-        named("torch.load", torch_save, torch_load),
-        named("torch.load(mmap=True)", torch_save, lambda d: torch_load(d, mmap=True)),
-        named(
-            "DCP load", lambda d: dcp.save(live.state(), checkpoint_id=d, no_dist=True), dcp_load
-        ),
+        named("safetensors load_file + copy", by_one(safetensors_save), safetensors_load),
+        named("torch.load", by_one(torch_save), torch_load),
+        named("torch.load(mmap=True)", by_one(torch_save), lambda d: torch_load(d, mmap=True)),
+        named("DCP load", dcp_save, dcp_load),
     ]
+    if dist.get_world_size() > 1:
+        name = "ray_accel_ckpt, broadcast=False"
+        apart = named(name, live.ckpt.save_state, live.alone.load_state, proves=True)
+        methods.insert(3, apart)
+    return methods
+
+
+def by_one(save: Callable[[Path], object]) -> Callable[[Path], object]:
+    """As files are written that all read: by rank 0."""
+    return lambda directory: save(directory) if dist.get_rank() == 0 else None
 
 
 def _tensors(live: Live) -> list[torch.Tensor]:
     moments = [s[k] for s in live.optimizer.state.values() for k in ("exp_avg", "exp_avg_sq")]
-    return [p.detach() for p in live.model.parameters()] + moments
+    return [p.detach() for p in live.bare.parameters()] + moments
 
 
-def measure(method: Method, directory: Path, live: Live, *, cold: bool) -> float:
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Seconds, the slowest rank's; and bytes that all ranks read from files."""
+
+    seconds: float
+    nbytes: int
+
+
+def measure(method: Method, directory: Path, live: Live, *, cold: bool) -> Measured:
     expected = live.digest()
     with torch.no_grad():
-        for parameter in live.model.parameters():
+        for parameter in live.bare.parameters():
             parameter.zero_()
     if cold:
         forget(directory)
-    begin = time.perf_counter()
+    dist.barrier()
+    read, begin = bytes_read(), time.perf_counter()
     method.load(directory)
-    seconds = time.perf_counter() - begin
+    seconds, read = time.perf_counter() - begin, bytes_read() - read
     if not method.name.startswith("raw"):
         assert live.digest() == expected, method.name
     else:
-        live.ckpt.load_state(directory.parent / "1")
-    return seconds
+        live.ckpt.load_state(directory.parent / "2")
+    slowest = torch.tensor([seconds], dtype=torch.float64)
+    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+    total = torch.tensor([read])
+    dist.all_reduce(total)
+    return Measured(seconds=float(slowest), nbytes=int(total))
+
+
+def bytes_read() -> int:
+    """What this process has asked of files; not what it saw through memory maps."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("rchar"))
 
 
 def forget(directory: Path) -> None:
@@ -161,41 +200,56 @@ def forget(directory: Path) -> None:
             os.close(descriptor)
 
 
+def worker(args: argparse.Namespace) -> None:
+    made = live(args.megabytes)
+    methods = methods_for(made)
+    places = [Path(args.directory, str(n)) for n in range(len(methods))]
+    for method, place in zip(methods, places, strict=True):
+        method.save(place)
+        dist.barrier()
+    found: dict[str, list[Measured]] = {method.name: [] for method in methods}
+    # Round 0 makes buffers and imports what is imported late. It is not counted.
+    for number in range(args.rounds + 1):
+        for n in random.Random(number).sample(range(len(methods)), len(methods)):
+            measured = measure(methods[n], places[n], made, cold=args.cold)
+            if number > 0:
+                found[methods[n].name].append(measured)
+    if dist.get_rank() == 0:
+        print_table(methods, found)
+
+
+def print_table(methods: list[Method], found: dict[str, list[Measured]]) -> None:
+    print(f"{'':32}{'ms, median (min-max)':>28}{'proved':>8}{'MB read':>10}")
+    for method in methods:
+        proved = "yes" if method.proves else "no"
+        took = spread([each.seconds for each in found[method.name]])
+        mapped = "mmap" in method.name or method.name.startswith("safetensors")
+        read = statistics.median(each.nbytes for each in found[method.name]) / 1e6
+        read_text = "by a map" if mapped else f"{read:.0f}"
+        print(f"{method.name:32}{took:>28}{proved:>8}{read_text:>10}", flush=True)
+
+
 def main() -> None:
-    warnings.filterwarnings("ignore")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--megabytes", type=float, default=600, help="parameters and Adam's state")
+    parser.add_argument("--workers", type=int, default=1, help="processes (default: 1)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds that count")
     parser.add_argument("--cold", action="store_true", help="drop the files from the page cache")
     parser.add_argument("--directory", default="/var/tmp", help="where to save")  # noqa: S108
     args = parser.parse_args()
-    if args.rounds < 1 or args.megabytes <= 0:
-        parser.error("--rounds and --megabytes must be positive")
-    directory = Path(tempfile.mkdtemp(prefix="restore-", dir=args.directory))
+    if args.rounds < 1 or args.megabytes <= 0 or args.workers < 1:
+        parser.error("--rounds, --megabytes and --workers must be positive")
+    args.directory = tempfile.mkdtemp(prefix="restore-", dir=args.directory)
+    print(
+        f"{machine(Path(args.directory))}; {args.workers} processes, {args.megabytes:g} MB of "
+        f"parameters and Adam's state, {args.rounds} rounds, files "
+        f"{'not ' if args.cold else ''}in the page cache; of the slowest rank",
+        flush=True,
+    )
     try:
-        made = live(args.megabytes)
-        methods = methods_for(made)
-        print(
-            f"{machine(directory)}; 1 process, {args.megabytes:g} MB of parameters and Adam's "
-            f"state, {args.rounds} rounds, files {'not ' if args.cold else ''}in the page cache",
-            flush=True,
-        )
-        places = [directory / str(n) for n in range(len(methods))]
-        for method, place in zip(methods, places, strict=True):
-            method.save(place)
-        found: dict[str, list[float]] = {method.name: [] for method in methods}
-        # Round 0 makes buffers and imports what is imported late. It is not counted.
-        for number in range(args.rounds + 1):
-            for n in random.Random(number).sample(range(len(methods)), len(methods)):
-                seconds = measure(methods[n], places[n], made, cold=args.cold)
-                if number > 0:
-                    found[methods[n].name].append(seconds)
-        print(f"{'':32}{'ms, median (min-max)':>28}{'proved':>8}")
-        for method in methods:
-            proved = "yes" if method.proves else "no"
-            print(f"{method.name:32}{spread(found[method.name]):>28}{proved:>8}", flush=True)
+        spawn(worker, args)
     finally:
-        shutil.rmtree(directory, ignore_errors=True)
+        shutil.rmtree(args.directory, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -15,11 +15,9 @@ import importlib.util
 import os
 import random
 import shutil
-import socket
 import statistics
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +32,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
-from benchmarks.common import WIDTH, machine, network, spread
+from benchmarks.common import WIDTH, machine, network, spawn, spread
 from ray_accel_ckpt import Checkpointer, EverySteps, ProjectConfiguration
 
 STEPS = 3
@@ -293,24 +291,12 @@ def files_under(directory: Path) -> Iterator[Path]:
     return (path for path in directory.rglob("*") if path.is_file())
 
 
-def worker(rank: int, args: argparse.Namespace, port: int) -> None:
-    warnings.filterwarnings("ignore")
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(args.workers),
-        "LOCAL_WORLD_SIZE": str(args.workers),
-    }
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.workers))
-    dist.init_process_group("gloo")
+def worker(args: argparse.Namespace) -> None:
     directory = Path(args.directory, "checkpoint")
     training = train(args.megabytes, directory)
     methods = methods_for(training)
     if args.only is not None:
         print_peak(args.only, methods, directory)
-        dist.destroy_process_group()
         return
     found: dict[str, list[Measured]] = {method.name: [] for method in methods}
     # Round 0 makes buffers and imports what is imported late. It is not counted.
@@ -319,9 +305,8 @@ def worker(rank: int, args: argparse.Namespace, port: int) -> None:
             measured = measure(method, directory, training)
             if number > 0:
                 found[method.name].append(measured)
-    if rank == 0:
+    if dist.get_rank() == 0:
         print_table(methods, found)
-    dist.destroy_process_group()
 
 
 # --- printing --------------------------------------------------------------------------
@@ -371,12 +356,6 @@ def resident(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -399,7 +378,7 @@ def main() -> None:
     )
     print("median (min-max) of the slowest rank", flush=True)
     try:
-        torch.multiprocessing.spawn(worker, args=(args, free_port()), nprocs=args.workers)
+        spawn(worker, args)
     finally:
         shutil.rmtree(args.directory, ignore_errors=True)
 

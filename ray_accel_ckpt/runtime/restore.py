@@ -83,7 +83,7 @@ class Restorer:
     group: Group
     slot: Slot
     device: torch.device
-    broadcast: bool
+    broadcast: bool = True
     decide: Decide
 
     def newest(
