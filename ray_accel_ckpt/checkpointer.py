@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import os
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,6 +16,7 @@ from ray_accel_ckpt.image.staging import SlotPool
 from ray_accel_ckpt.memory import MemoryTier
 from ray_accel_ckpt.policy import SavePolicy, TimePolicy, require_policy
 from ray_accel_ckpt.project import ProjectConfiguration
+from ray_accel_ckpt.runtime.chronicle import Chronicle
 from ray_accel_ckpt.runtime.exchange import exchange_for
 from ray_accel_ckpt.runtime.heartbeat import Heartbeat
 from ray_accel_ckpt.runtime.lives import Lives
@@ -34,8 +35,6 @@ from ray_accel_ckpt.state.parts import ProgressPart
 from ray_accel_ckpt.state.passes import EpochWatch
 from ray_accel_ckpt.state.skipping import SkippedLoader
 from ray_accel_ckpt.storage.filesystem import Filesystem
-
-logger = logging.getLogger(__name__)
 
 
 class Checkpointer:
@@ -118,8 +117,14 @@ class Checkpointer:
         kept = self._session.memory
         self._slots = SlotPool(slots) if kept is None else kept.slots
         self._lives = Lives()
-        self._heartbeat = Heartbeat(exchange_for(self._session, save), save, mtbf=self._lives.mtbf)
         self._global_step = 0
+        self._chronicle = Chronicle(self._session, step=lambda: self._global_step, policy=save)
+        self._heartbeat = Heartbeat(
+            exchange_for(self._session, save),
+            save,
+            mtbf=self._lives.mtbf,
+            noticed=self._chronicle.noticed,
+        )
         self._epoch = 0
         self._in_epochs = False
         self._saved_at: tuple[int, int] | None = None
@@ -148,6 +153,7 @@ class Checkpointer:
             preparer=self._preparer,
             slots=self._slots,
             heartbeat=self._heartbeat,
+            chronicle=self._chronicle,
             watch=self._watch,
             overlap=overlap,
         )
@@ -292,6 +298,7 @@ class Checkpointer:
         if self._policy is not None and self._saved_at != self._position():
             self._save(self._sink(), self._last_metrics)
         self.flush()
+        self._chronicle.end()
 
     @property
     def loss_weight(self) -> float:
@@ -425,6 +432,7 @@ class Checkpointer:
             return False
         filesystem, path = place
         registered = self._session.registered()
+        begin = time.perf_counter()
         kept = self._session.kept() if input_dir is None else None
         with self._resumer.restorer(filesystem, only=only, strict=strict) as restorer:
             restored = (
@@ -434,6 +442,9 @@ class Checkpointer:
             )
         if input_dir is None:
             self._begin_life(filesystem, path, restored, registered.latest)
+            self._chronicle.begin(restored, seconds=time.perf_counter() - begin)
+        elif restored is not None:
+            self._chronicle.loaded(restored, seconds=time.perf_counter() - begin)
             # For an end that is saved without a step: without a score Ray may rank it best.
             self._last_metrics = self._last_metrics or registered.metrics
         if restored is not None and only is None:
@@ -485,7 +496,7 @@ class Checkpointer:
     ) -> None:
         """What is done once a life, beside training's own state: by rank 0, of the run alone."""
         if isinstance(self._policy, TimePolicy) and self._session.group.rank == 0:
-            self._lives.begin(filesystem, run, self._session.attempt)
+            self._lives.begin(filesystem, run)
         resumed_from = None if restored is None else restored.path
         self._session.begin_sweeping(resumed_from=resumed_from, registered=registered)
         if self._session.memory is not None:
@@ -499,4 +510,3 @@ class Checkpointer:
         else:
             # Not Ray's latest, so not the run's result either: the end must be saved all the same.
             self._saved_at = None
-        logger.info("resumed from %s at step %d", path, self._global_step)

@@ -37,7 +37,8 @@ def run_config(
     The pair (storage_path, name) is the run: started again with the same pair,
     after a lost driver or cluster, it goes on. The storage is written to and
     read from once, so that a wrong path fails here and not at the first save,
-    and a run directory that a crash left unstartable is healed (`heal_run`).
+    and a run directory that a crash left unstartable is healed (`heal_run`). What Ray registers,
+    and which workers fail, is written down for `ray-accel-ckpt report`.
 
     Args:
         name: the run's name. Fixed: one with a time in it never resumes.
@@ -88,6 +89,8 @@ def run_config(
         storage_filesystem=storage_filesystem,
         checkpoint_config=checkpoint_config,
     )
+    from ray_accel_ckpt.runtime.callback import ControllerEvents
+
     local = isinstance(filesystem, LocalFilesystem) and storage_filesystem is None
     return ray.train.RunConfig(
         name=name,
@@ -95,6 +98,7 @@ def run_config(
         storage_filesystem=None if storage_filesystem is None else to_arrow(storage_filesystem),
         failure_config=failure_config,
         checkpoint_config=checkpoint_config,
+        callbacks=[*(options.pop("callbacks", None) or []), ControllerEvents()],
         **options,
     )
 

@@ -47,6 +47,7 @@ class Heartbeat:
         exchange: None if there is nothing to ask peers or Ray for.
         policy: None: only notices are acted upon.
         mtbf: what this run has seen of failures, see `Measured`.
+        noticed: told, on rank 0, of each notice when it is first seen.
         clock, wall: seconds; monotonic, and since the epoch. Replaced in simulations.
     """
 
@@ -56,10 +57,11 @@ class Heartbeat:
         policy: SavePolicy | None,
         *,
         mtbf: Callable[[], float | None] = lambda: None,
+        noticed: Callable[[Preemption], None] = lambda notice: None,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ) -> None:
-        self._exchange, self._mtbf = exchange, mtbf
+        self._exchange, self._mtbf, self._noticed = exchange, mtbf, noticed
         self._steps = policy if isinstance(policy, StepPolicy) else None
         self._seconds = policy if isinstance(policy, TimePolicy) else None
         self._clock, self._wall = clock, wall
@@ -136,6 +138,7 @@ class Heartbeat:
         if notice is not None and notice != self._notice:
             new = True
             self._see(notice)
+            self._noticed(notice)
         left = self._deadline - self._wall()
         if left <= 0:
             # It was to be gone by now, and nobody knows any longer what will be.

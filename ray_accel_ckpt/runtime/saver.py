@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import time
 
 from ray_accel_ckpt.image.staging import SlotPool
+from ray_accel_ckpt.runtime.chronicle import Chronicle
 from ray_accel_ckpt.runtime.heartbeat import Heartbeat
 from ray_accel_ckpt.runtime.prepare import Preparer
 from ray_accel_ckpt.runtime.report import Metrics
@@ -33,12 +34,13 @@ class Saver:
         preparer: Preparer,
         slots: SlotPool,
         heartbeat: Heartbeat,
+        chronicle: Chronicle,
         watch: EpochWatch,
         overlap: bool,
     ) -> None:
         self._session, self._bundle, self._hooks = session, bundle, hooks
         self._preparer, self._slots, self._heartbeat = preparer, slots, heartbeat
-        self._watch, self._overlap = watch, overlap
+        self._chronicle, self._watch, self._overlap = chronicle, watch, overlap
         self._measured = False
 
     def save(self, sink: Sink, *, step: int, epoch: int, metrics: Metrics) -> None:
@@ -48,11 +50,23 @@ class Saver:
         if self._measured:
             self._heartbeat.also_blocked(waited)
         self._measured = sink.of_run
-        # What goes elsewhere takes other times, and nobody resumes from it.
-        measured = self._heartbeat.saving() if sink.of_run else nullcontext(lambda: None)
-        with measured as durable:
+        if not sink.of_run:
+            # It takes other times, and nobody resumes from it.
+            moment = self._moment(sink.path, step=step, epoch=epoch)
+            sink.save(moment, self._slots, metrics=metrics, durable=lambda nbytes: None)
+            return
+        begin = time.perf_counter()
+        with self._heartbeat.saving() as measured:
+
+            def durable(nbytes: int) -> None:
+                measured()
+                seconds = time.perf_counter() - begin
+                self._chronicle.durable(sink.path, step=step, nbytes=nbytes, seconds=seconds)
+
             moment = self._moment(sink.path, step=step, epoch=epoch)
             sink.save(moment, self._slots, metrics=metrics, durable=durable)
+        blocked = waited + time.perf_counter() - begin
+        self._chronicle.frozen(sink.path, step=step, epoch=epoch, blocked=blocked)
 
     def flush(self) -> None:
         """Wait until all that was saved is where it is to be; see `Checkpointer.flush`."""

@@ -35,6 +35,9 @@ from ray_accel_ckpt.version import __version__
 
 logger = logging.getLogger(__name__)
 
+Durable = Callable[[int], None]
+"""Told the bytes of this rank's share, without what is frozen."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Moment:
@@ -64,9 +67,7 @@ class Sink(Protocol):
         """Whether `load_state()` would find it: not so in a directory given by hand."""
         ...
 
-    def save(
-        self, moment: Moment, slots: SlotPool, *, metrics: Metrics, durable: Callable[[], None]
-    ) -> None:
+    def save(self, moment: Moment, slots: SlotPool, *, metrics: Metrics, durable: Durable) -> None:
         """Freeze this rank's share and hand it on. When it returns, the state may change,
         but for what of it is `late`.
 
@@ -118,9 +119,7 @@ class RaySink:
         self.path = f"{run.path}/{name}"
         self.of_run = True
 
-    def save(
-        self, moment: Moment, slots: SlotPool, *, metrics: Metrics, durable: Callable[[], None]
-    ) -> None:
+    def save(self, moment: Moment, slots: SlotPool, *, metrics: Metrics, durable: Durable) -> None:
         plain = plain_metrics(metrics)
         memory = self._session.memory
         frozen = [(self._session.frozen, self.of_run)]
@@ -134,7 +133,7 @@ class RaySink:
                 memory.keep(image, slot, release=release)
 
         def after() -> None:
-            durable()
+            durable(images[0].layout.nbytes)
             self._session.sweep()
 
         report(
@@ -157,9 +156,7 @@ class MemorySink:
         # A save that the policy asks for is none the less due, and the end is not saved by it.
         self.of_run = False
 
-    def save(
-        self, moment: Moment, slots: SlotPool, *, metrics: Metrics, durable: Callable[[], None]
-    ) -> None:
+    def save(self, moment: Moment, slots: SlotPool, *, metrics: Metrics, durable: Durable) -> None:
         del metrics, durable
         memory = self._memory
         memory.wait()
@@ -187,9 +184,7 @@ class DirectorySink:
         self._limit = session.project.total_limit if automatic else None
         self.path = path
 
-    def save(
-        self, moment: Moment, slots: SlotPool, *, metrics: Metrics, durable: Callable[[], None]
-    ) -> None:
+    def save(self, moment: Moment, slots: SlotPool, *, metrics: Metrics, durable: Durable) -> None:
         del metrics  # Ray's; a directory has nobody to report them to
         session = self._session
         # Before a slot is taken: whoever is told of an earlier failure may go on saving.
@@ -211,7 +206,7 @@ class DirectorySink:
         )
 
         def after() -> None:
-            durable()
+            durable(image.layout.nbytes)
             self._prune()
 
         session.writer.submit(

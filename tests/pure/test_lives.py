@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from ray_accel_ckpt import (
     Checkpointer,
     EverySeconds,
     EverySteps,
-    MaxOverhead,
     open_checkpoint,
 )
 from ray_accel_ckpt.runtime.lives import Lives
@@ -21,16 +19,20 @@ from ray_accel_ckpt.storage.fakes import MemoryFilesystem
 from tests.pure.helpers import checkpoints, project
 
 
-def test_lives_are_told_from_what_lies_beside_the_checkpoints() -> None:
+def test_lives_are_told_from_the_names_of_their_journals() -> None:
     memory, now = MemoryFilesystem(), int(time.time() * 1000)
-    for ago in (900_000, 300_000):
-        memory.write(f"run/lives/{now - ago}-{ago:x}", [b""])
-    memory.write("run/lives/a-file-of-somebody", [b""])
+    for ago, writer, part in (
+        (900_000, "aaaaaa", 0),
+        (900_000, "aaaaaa", 1),
+        (800_000, "controller", 0),
+        (300_000, "bbbbbb", 0),
+    ):
+        memory.write(f"run/events/{now - ago}-{writer}-{part}.jsonl", [b""])
+    memory.write("run/events/a-file-of-somebody", [b""])
     third = Lives()
     assert third.mtbf() is None
-    third.begin(memory, "run", "abc")
-    third.begin(memory, "run", "abc")
-    assert len(memory.list("run/lives")) == 4
+    third.begin(memory, "run")
+    third.begin(memory, "run")
     mtbf = third.mtbf()
     assert mtbf is not None
     assert 450.0 <= mtbf < 480.0
@@ -38,26 +40,19 @@ def test_lives_are_told_from_what_lies_beside_the_checkpoints() -> None:
 
 def test_a_first_life_knows_of_no_failure() -> None:
     first = Lives()
-    first.begin(MemoryFilesystem(), "run", "abc")
+    first.begin(MemoryFilesystem(), "run")
     assert first.mtbf() is None
 
 
 def test_storage_that_refuses_costs_only_the_knowledge(caplog: pytest.LogCaptureFixture) -> None:
     class Refusing(MemoryFilesystem):
-        def write(self, path: str, chunks: Iterable[Any]) -> None:
+        def list(self, path: str) -> Any:
             raise PermissionError(path)
 
     life = Lives()
-    life.begin(Refusing(), "run", "abc")
+    life.begin(Refusing(), "run")
     assert life.mtbf() is None
     assert "will not be known" in caplog.text
-
-
-def test_only_who_asks_for_it_writes_lives_down(tmp_path: Path) -> None:
-    for policy, lives in ((EverySteps(5), 0), (MaxOverhead(0.5), 1), (MaxOverhead(0.5), 2)):
-        ckpt = Checkpointer(save=policy, project_config=project(tmp_path))
-        ckpt.load_state()
-        assert len(list((tmp_path / "checkpoints").glob("lives/*"))) == lives
 
 
 def test_a_script_saves_by_the_clock(tmp_path: Path) -> None:
@@ -94,4 +89,4 @@ def test_a_start_from_another_run_is_no_life_of_it(tmp_path: Path) -> None:
     path = first.save_state()
     second = Checkpointer(save=EverySeconds(600), project_config=project(tmp_path / "b"))
     assert second.load_state(path)
-    assert not list(tmp_path.glob("*/checkpoints/lives"))
+    assert not list((tmp_path / "b").glob("checkpoints/events"))

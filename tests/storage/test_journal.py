@@ -1,0 +1,106 @@
+"""What happened to a run is written down beside its checkpoints, and costs it nothing."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+from ray_accel_ckpt.storage import journal as journals
+from ray_accel_ckpt.storage.fakes import Fault, FaultyFilesystem, MemoryFilesystem
+from ray_accel_ckpt.storage.journal import Event, Journal, begun, read_events
+
+
+def _told(events: list[Event]) -> list[tuple[str, Any]]:
+    return [(event.kind, event.fields.get("n")) for event in events]
+
+
+def _journal(memory: Any, **options: Any) -> Journal:
+    return Journal(memory, "run", writer="abcdef", **options)
+
+
+def test_events_come_back_in_their_order_with_all_they_say() -> None:
+    memory = MemoryFilesystem()
+    journal = _journal(memory)
+    journal.add("start", n=1, of={"a": [1.5, None]})
+    journal.add("end", n=2)
+    journal.flush(60)
+    first, second = read_events(memory, "run")
+    assert (first.kind, first.writer, first.fields) == (
+        "start",
+        "abcdef",
+        {"n": 1, "of": {"a": [1.5, None]}},
+    )
+    assert second.kind == "end"
+    assert first.at <= second.at
+    (at,) = begun(memory, "run")
+    assert at <= first.at + 0.001
+
+
+def test_a_journal_that_has_grown_goes_on_in_another_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journals, "_PART_NBYTES", 200)
+    memory = MemoryFilesystem()
+    journal = _journal(memory)
+    for n in range(20):
+        journal.add("save", n=n)
+        journal.flush(60)
+    entries = memory.list("run/events")
+    assert len(entries) > 3
+    assert all(entry.nbytes is not None and entry.nbytes < 300 for entry in entries)
+    assert _told(read_events(memory, "run")) == [("save", n) for n in range(20)]
+    assert len(begun(memory, "run")) == 1
+    latest = _told(read_events(memory, "run", latest=True))
+    assert latest[-1] == ("save", 19)
+    assert len(latest) < 6
+
+
+def test_a_pulse_is_written_when_nothing_else_is() -> None:
+    memory, said = MemoryFilesystem(), iter([{"n": 1}, None, {"n": 2}])
+    heard = threading.Event()
+
+    def pulse() -> dict[str, int] | None:
+        fields = next(said, None)
+        if fields == {"n": 2}:
+            heard.set()
+        return fields
+
+    journal = _journal(memory, pulse=pulse, every=0.01)
+    assert heard.wait(60)
+    journal.add("end")
+    journal.flush(60)
+    journal.close()
+    assert _told(read_events(memory, "run"))[:2] == [("heartbeat", 1), ("heartbeat", 2)]
+
+
+def test_storage_that_refuses_is_warned_of_once_and_tried_again(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    memory = MemoryFilesystem()
+    refusing = FaultyFilesystem(
+        memory, Fault(error=PermissionError("no"), operation="write", path="*events*", times=2)
+    )
+    journal = _journal(refusing)
+    for n in range(3):
+        journal.add("save", n=n)
+        journal.flush(60)
+    assert caplog.text.count("not written down") == 1
+    assert _told(read_events(memory, "run")) == [("save", n) for n in range(3)]
+
+
+def test_what_is_no_event_is_passed_over_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    memory = MemoryFilesystem()
+    good = json.dumps({"at": 5, "event": "end", "n": 7}).encode()
+    bad: Iterable[bytes] = (b"{", b"[]", b'{"at": "x", "event": "a"}', b'{"event": "a"}', b"\xff")
+    memory.write("run/events/1-abcdef-0.jsonl", [b"\n".join([*bad, good])])
+    memory.write("run/events/2-ABC-0.jsonl", [good])
+    memory.write("run/events/notes.txt", [good])
+    assert _told(read_events(memory, "run")) == [("end", 7)]
+    assert caplog.text.count("is no event") == 5
+
+
+def test_a_run_without_a_journal_has_no_events() -> None:
+    assert read_events(MemoryFilesystem(), "run") == []
+    assert begun(MemoryFilesystem(), "run") == []
