@@ -1,0 +1,1 @@
+"""What happened in a run, told from its journal: figures, pictures, a page."""

@@ -1,0 +1,271 @@
+"""From events to attempts: how far each came, what it saved, how it ended, what was lost."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ray_accel_ckpt.errors import ConfigurationError
+from ray_accel_ckpt.storage.journal import Event
+
+CONTROLLER = "controller"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Save:
+    """One save of an attempt, as rank 0 saw it.
+
+    Attributes:
+        at: when training went on, in seconds since the epoch.
+        blocked: seconds that training waited.
+        durable: seconds from its beginning until the share was durable; None if that was
+            never told: the attempt was lost before.
+        nbytes: of rank 0's share.
+        registered: whether Ray's controller told that it knows it.
+    """
+
+    name: str
+    step: int
+    at: float
+    blocked: float
+    durable: float | None
+    nbytes: int | None
+    registered: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """One life of the group of workers.
+
+    Attributes:
+        writer: its six hex digits.
+        begun: when it could train, its state restored; seconds since the epoch.
+        restoring: seconds that took, before.
+        known: when the last was heard of it.
+        resumed_from: a checkpoint's name; None: it began at the beginning.
+        tier: "storage" or "memory", or None.
+        points: (seconds since the epoch, step) at which it is known to have been, in order.
+        ending: "finished", "failed: ..." or "lost"; "" for the last one if nobody told.
+    """
+
+    writer: str
+    world_size: int
+    begun: float
+    restoring: float
+    known: float
+    resumed_from: str | None
+    tier: str | None
+    points: tuple[tuple[float, int], ...]
+    saves: tuple[Save, ...]
+    ending: str
+
+    @property
+    def first(self) -> int:
+        return self.points[0][1]
+
+    @property
+    def last(self) -> int:
+        return max(step for _, step in self.points)
+
+    def reached(self, step: int) -> float:
+        """When it came to a step, on a straight line between what is known; its end if never."""
+        for (t0, s0), (t1, s1) in zip(self.points, self.points[1:], strict=False):
+            if s1 >= step and s1 > s0:
+                return t0 + (t1 - t0) * (max(step, s0) - s0) / (s1 - s0)
+        return self.begun if self.first >= step else self.known
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spent:
+    """Where the time of a run went, in seconds.
+
+    Attributes:
+        training: on steps that nobody had made before; saves left out. It is the useful part.
+        again: on steps that an attempt before had made.
+        saving: waiting for saves to be frozen.
+        restoring: loading a state.
+        down: from the last that was heard of an attempt to the next one's restoring.
+    """
+
+    training: float = 0.0
+    again: float = 0.0
+    saving: float = 0.0
+    restoring: float = 0.0
+    down: float = 0.0
+
+    @property
+    def all(self) -> float:
+        return self.training + self.again + self.saving + self.restoring + self.down
+
+    @property
+    def goodput(self) -> float | None:
+        """The useful part of the time, 0 to 1; None if no time is known."""
+        return self.training / self.all if self.all > 0 else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class History:
+    """A run as far as its journal tells it."""
+
+    attempts: tuple[Attempt, ...]
+    events: tuple[Event, ...]
+    spent: Spent
+    lost: tuple[int, ...]
+    """Steps that each attempt but the first had to make again."""
+
+    @property
+    def begun(self) -> float:
+        return self.attempts[0].begun - self.attempts[0].restoring
+
+    @property
+    def known(self) -> float:
+        return max(attempt.known for attempt in self.attempts)
+
+    @property
+    def steps(self) -> int:
+        return max(attempt.last for attempt in self.attempts)
+
+    @property
+    def saves(self) -> tuple[Save, ...]:
+        return tuple(save for attempt in self.attempts for save in attempt.saves)
+
+
+def history_of(events: Iterable[Event], *, where: str) -> History:
+    """Put the events of one run together.
+
+    Args:
+        where: the run, for errors.
+
+    Raises:
+        ConfigurationError: no attempt is among them.
+    """
+    found = sorted(events, key=lambda event: event.at)
+    started = [event for event in found if event.kind == "start"]
+    if not started:
+        raise ConfigurationError(
+            "nothing is written down of this run",
+            where=where,
+            why="there is no journal of an attempt in its directory 'events'",
+            remedy="give the run's own directory, the one that holds its checkpoints; runs of "
+            "versions before 0.1 have no journal",
+        )
+    controller = [event for event in found if event.writer == CONTROLLER]
+    registered = {str(e.fields.get("name")) for e in controller if e.kind == "registered"}
+    attempts = []
+    for n, start in enumerate(started):
+        own = [event for event in found if event.writer == start.writer]
+        following = started[n + 1].at if n + 1 < len(started) else None
+        failures = [
+            e
+            for e in controller
+            if e.kind == "failure" and start.at <= e.at < (following or float("inf"))
+        ]
+        attempts.append(_attempt(start, own, failures, registered, last=following is None))
+    return History(
+        attempts=tuple(attempts),
+        events=tuple(found),
+        spent=_spent(attempts),
+        lost=tuple(_lost(attempts)),
+    )
+
+
+def _attempt(
+    start: Event,
+    own: Sequence[Event],
+    failures: Sequence[Event],
+    registered: set[str],
+    *,
+    last: bool,
+) -> Attempt:
+    resumed = next((event for event in own if event.kind == "resumed"), None)
+    of_resumed = {} if resumed is None else resumed.fields
+    known = max(event.at for event in own)
+    return Attempt(
+        writer=start.writer,
+        world_size=_number(start, "world_size", 1),
+        begun=start.at,
+        restoring=float(of_resumed.get("seconds") or 0.0),
+        known=known,
+        resumed_from=of_resumed.get("name"),
+        tier=of_resumed.get("tier"),
+        points=_points(start, own),
+        saves=_saves(own, registered),
+        ending=_ending(own, failures, last=last),
+    )
+
+
+def _points(start: Event, own: Sequence[Event]) -> tuple[tuple[float, int], ...]:
+    """Steps only grow, but where a loop goes back by itself: those are left out."""
+    points = [(start.at, _number(start, "step", 0))]
+    for event in own:
+        step = event.fields.get("step")
+        # A save that became durable, and a checkpoint that was loaded, are of an earlier moment.
+        known = event.kind in ("heartbeat", "save", "notice", "end") and isinstance(step, int)
+        if known and step >= points[-1][1] and event.at >= points[-1][0]:
+            points.append((event.at, step))
+    return tuple(points)
+
+
+def _saves(own: Sequence[Event], registered: set[str]) -> tuple[Save, ...]:
+    durable = {event.fields.get("name"): event.fields for event in own if event.kind == "durable"}
+    saves = []
+    for event in own:
+        if event.kind == "save":
+            name = str(event.fields.get("name"))
+            whole = durable.get(name, {})
+            saves.append(
+                Save(
+                    name=name,
+                    step=_number(event, "step", 0),
+                    at=event.at,
+                    blocked=float(event.fields.get("blocked") or 0.0),
+                    durable=whole.get("seconds"),
+                    nbytes=whole.get("share_nbytes"),
+                    registered=name in registered,
+                )
+            )
+    return tuple(saves)
+
+
+def _ending(own: Sequence[Event], failures: Sequence[Event], *, last: bool) -> str:
+    # What was saved last may become durable after training has ended.
+    if next((e.kind for e in reversed(own) if e.kind != "durable"), "") == "end":
+        return "finished"
+    if failures:
+        errors: dict[str, Any] = dict(failures[0].fields.get("errors") or {})
+        rank, text = next(iter(errors.items()), ("?", "unknown"))
+        return f"failed: rank {rank}: {text}"
+    return "" if last else "lost"
+
+
+def _spent(attempts: Sequence[Attempt]) -> Spent:
+    training = again = saving = restoring = down = 0.0
+    made, heard = 0, None
+    for attempt in attempts:
+        began = attempt.begun - attempt.restoring
+        down += max(0.0, began - heard) if heard is not None else 0.0
+        restoring += attempt.restoring
+        new_from = min(max(attempt.reached(made), attempt.begun), attempt.known)
+        times = [save.at for save in attempt.saves]
+        blocked = [save.blocked for save in attempt.saves]
+        before = sum(blocked[: bisect_right(times, new_from)])
+        after = sum(blocked) - before
+        saving += before + after
+        again += max(0.0, new_from - attempt.begun - before)
+        training += max(0.0, attempt.known - new_from - after)
+        made, heard = max(made, attempt.last), attempt.known
+    return Spent(training=training, again=again, saving=saving, restoring=restoring, down=down)
+
+
+def _lost(attempts: Sequence[Attempt]) -> Iterable[int]:
+    made = attempts[0].last
+    for attempt in attempts[1:]:
+        yield max(0, made - attempt.first)
+        made = max(made, attempt.last)
+
+
+def _number(event: Event, name: str, default: int) -> int:
+    value = event.fields.get(name)
+    return value if isinstance(value, int) else default

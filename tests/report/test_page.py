@@ -1,0 +1,125 @@
+"""The page of a run, as a real browser shows it."""
+
+from __future__ import annotations
+
+import io
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+
+from ray_accel_ckpt.report.figure import AGAIN, LOSS, NEW, NOTICE, SAVED, png, timeline
+from ray_accel_ckpt.report.history import history_of
+from ray_accel_ckpt.report.page import duration, nbytes, page
+from tests.report.runs import attempt, run
+
+_FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--hide-scrollbars",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+
+
+def _page(where: str = "s3://bucket/run") -> str:
+    return page(history_of(run(), where=where), run=where)
+
+
+def _browse(directory: Path, html: str, *options: str) -> str:
+    """What headless Chromium says of a page."""
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    assert chromium is not None, "make browser"
+    (directory / "page.html").write_text(html)
+    command = [chromium, *_FLAGS, f"--user-data-dir={directory / 'profile'}", *options]
+    ran = subprocess.run(
+        [*command, (directory / "page.html").as_uri()], capture_output=True, text=True, timeout=300
+    )
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
+
+
+def _text(dom: str, name: str) -> str:
+    found = re.search(rf'id="{name}"[^>]*>([^<]*)<', dom)
+    assert found is not None, name
+    return found[1]
+
+
+def _count(picture: Path, colour: str) -> int:
+    pixels = (matplotlib.image.imread(picture)[..., :3] * 255).round().astype(int)
+    wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+    return int((abs(pixels - wanted).max(axis=-1) <= 2).sum())
+
+
+def test_a_browser_shows_the_page(tmp_path: Path) -> None:
+    dom = _browse(tmp_path, _page(), "--dump-dom")
+    history = history_of(run(), where="")
+    assert history.spent.goodput is not None
+    assert _text(dom, "goodput") == f"{100 * history.spent.goodput:.1f} %"
+    assert (_text(dom, "steps"), _text(dom, "attempts"), _text(dom, "lost")) == ("400", "3", "90")
+    table = dom[dom.index('id="attempts-table"') :]
+    assert table[: table.index("</table>")].count("<tr>") == 4
+    assert dom.count("<svg") == 2
+    events = dom[dom.index('id="events"') :]
+    assert events[: events.index("</table>")].count("<tr>") == len(run()) + 1
+
+
+def test_a_browser_draws_the_timeline(tmp_path: Path) -> None:
+    shot = tmp_path / "shot.png"
+    _browse(tmp_path, _page(), f"--screenshot={shot}", "--window-size=1100,1900")
+    for colour, least in ((NEW, 300), (AGAIN, 100), (SAVED, 100), (LOSS, 20), (NOTICE, 20)):
+        assert _count(shot, colour) > least, colour
+
+
+def test_nothing_in_it_comes_from_elsewhere_or_runs() -> None:
+    html = _page("s3://bucket/<run>&")
+    assert "s3://bucket/&lt;run&gt;&amp;" in html
+    assert "&lt;script&gt;the node" in html
+    assert "<script" not in html
+    # Names of namespaces are no addresses that anything is read from.
+    outside = re.findall(r'(?:src|href)="(?!#)([^"]*)"', html)
+    assert outside == []
+    assert "@import" not in html
+
+
+def test_the_same_run_makes_the_same_page() -> None:
+    assert _page() == _page()
+
+
+def test_the_timeline_alone_is_a_picture(tmp_path: Path) -> None:
+    (tmp_path / "timeline.png").write_bytes(png(timeline(history_of(run(), where=""))))
+    assert _count(tmp_path / "timeline.png", AGAIN) > 100
+    quiet = png(timeline(history_of(attempt("aaaaaa", 0, 0, 100), where="")))
+    assert matplotlib.image.imread(io.BytesIO(quiet)).shape[:2] == (630, 1500)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.03123, "0.0312 s"),
+        (12.34, "12.3 s"),
+        (200, "3 min 20 s"),
+        (7500, "2 h 05 min"),
+        (273600, "3 d 04 h"),
+        (None, "-"),
+    ],
+)
+def test_durations_are_for_readers(seconds: float | None, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_bytes_are_for_readers() -> None:
+    assert [nbytes(n) for n in (None, 12, 1234, 5_600_000, 7_890_000_000)] == [
+        "-",
+        "12 B",
+        "1.23 kB",
+        "5.6 MB",
+        "7.89 GB",
+    ]
