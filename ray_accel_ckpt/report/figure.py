@@ -96,8 +96,12 @@ def durations(history: History) -> Figure:
 
 def svg(figure: Figure) -> str:
     """As an element of a page: no header of its own, and the same text each time."""
+    import matplotlib
+
     data = io.StringIO()
-    figure.savefig(data, format="svg", metadata={"Date": None, "Creator": None})
+    # Names inside would be drawn at random otherwise.
+    with matplotlib.rc_context({"svg.hashsalt": "ray_accel_ckpt"}):
+        figure.savefig(data, format="svg", metadata={"Date": None, "Creator": None})
     return data.getvalue()[data.getvalue().index("<svg") :]
 
 
@@ -138,7 +142,6 @@ def _saves(axes: Axes, attempt: Attempt, since: Any) -> None:
 
 def _figure(*, height: float) -> Figure:
     try:
-        import matplotlib
         from matplotlib.figure import Figure
     except ImportError as e:
         raise ConfigurationError(
@@ -146,9 +149,7 @@ def _figure(*, height: float) -> Figure:
             why=str(e),
             remedy="pip install 'ray_accel_ckpt[report]'",
         ) from e
-    # Names inside an SVG are drawn at random otherwise.
-    with matplotlib.rc_context({"svg.hashsalt": "ray_accel_ckpt"}):
-        return Figure(figsize=(10, height), layout="constrained")
+    return Figure(figsize=(10, height), layout="constrained")
 
 
 def _legend(axes: Axes) -> None:

@@ -202,8 +202,9 @@ def _points(start: Event, own: Sequence[Event]) -> tuple[tuple[float, int], ...]
     for event in own:
         step = event.fields.get("step")
         # A save that became durable, and a checkpoint that was loaded, are of an earlier moment.
-        known = event.kind in ("heartbeat", "save", "notice", "end") and isinstance(step, int)
-        if known and step >= points[-1][1] and event.at >= points[-1][0]:
+        if event.kind not in ("heartbeat", "save", "notice", "end") or not isinstance(step, int):
+            continue
+        if step >= points[-1][1] and event.at >= points[-1][0]:
             points.append((event.at, step))
     return tuple(points)
 

@@ -37,12 +37,9 @@ def attempt(
             name = f"checkpoint_{step:08d}_{writer}"
             found.append(event(now, "save", writer, name=name, step=step, epoch=0, blocked=0.5))
             if step != unfinished:
-                found += [
-                    event(
-                        now, "durable", writer, name=name, step=step, seconds=3.0, share_nbytes=7
-                    ),
-                    event(now, "registered", "controller", name=name),
-                ]
+                durable = {"name": name, "step": step, "seconds": 3.0, "share_nbytes": 7}
+                found.append(event(now, "durable", writer, **durable))
+                found.append(event(now, "registered", "controller", name=name))
     if end:
         found.append(event(at + (last - first) * STEP, "end", writer, step=last))
     return found
