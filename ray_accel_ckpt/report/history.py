@@ -232,7 +232,8 @@ def _saves(own: Sequence[Event], registered: set[str]) -> tuple[Save, ...]:
 
 def _ending(own: Sequence[Event], failures: Sequence[Event], *, last: bool) -> str:
     # What was saved last may become durable after training has ended.
-    if next((e.kind for e in reversed(own) if e.kind != "durable"), "") == "end":
+    going = [event.kind for event in own if event.kind in ("save", "heartbeat", "end")]
+    if going[-1:] == ["end"]:
         return "finished"
     if failures:
         errors: dict[str, Any] = dict(failures[0].fields.get("errors") or {})

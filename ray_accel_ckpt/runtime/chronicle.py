@@ -72,6 +72,7 @@ class Chronicle:
     def frozen(self, path: str, *, step: int, epoch: int, blocked: float) -> None:
         """Training goes on, having waited so many seconds for a save of the run."""
         self.begin()
+        self._told = step
         self._metrics.stalled(blocked)
         self._tell(
             "save",
@@ -114,7 +115,8 @@ class Chronicle:
 
     def end(self) -> None:
         """Training is done and saved. The attempt has no other end that could be told from here."""
-        self._tell("end", step=self._step())
+        self._told = self._step()
+        self._tell("end", step=self._told)
         if self._journal is not None:
             self._journal.flush(_PATIENCE)
 

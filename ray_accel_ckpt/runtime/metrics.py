@@ -13,42 +13,48 @@ _SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300
 
 @dataclass(frozen=True, kw_only=True)
 class Described:
-    """One metric. Ray puts ``ray_`` before its name, and Prometheus' suffixes behind it."""
+    """One metric, by the name that Ray is told."""
 
     name: str
     kind: str
     what: str
     tags: tuple[str, ...] = ()
 
+    @property
+    def exported(self) -> tuple[str, ...]:
+        """The names under which Prometheus finds it."""
+        ends = {"Counter": ("_total",), "Gauge": ("",), "Histogram": ("_bucket", "_count", "_sum")}
+        return tuple(f"ray_{self.name}{end}" for end in ends[self.kind])
+
 
 STALL = Described(
-    name="ray_accel_ckpt_save_stall_seconds",
+    name="accel_ckpt_save_stall_seconds",
     kind="Histogram",
     what="Seconds that training waited for a save to be frozen.",
 )
 DURABLE = Described(
-    name="ray_accel_ckpt_save_durable_seconds",
+    name="accel_ckpt_save_durable_seconds",
     kind="Histogram",
     what="Seconds from the beginning of a save until this worker's share was durable.",
 )
 SAVED = Described(
-    name="ray_accel_ckpt_saved_bytes",
+    name="accel_ckpt_saved_bytes",
     kind="Counter",
     what="Bytes of this worker's shares that are durable.",
 )
 RESTORES = Described(
-    name="ray_accel_ckpt_restores",
+    name="accel_ckpt_restores",
     kind="Counter",
     what="Restores, by where the state came from: memory or storage.",
     tags=("tier",),
 )
 LOST = Described(
-    name="ray_accel_ckpt_steps_lost",
+    name="accel_ckpt_steps_lost",
     kind="Counter",
     what="Steps that were made before a restart and had to be made again.",
 )
 DURABLE_AT = Described(
-    name="ray_accel_ckpt_last_durable_timestamp_seconds",
+    name="accel_ckpt_last_durable_timestamp_seconds",
     kind="Gauge",
     what="When this worker's share was last durable, in seconds since the epoch: "
     "time() less this is the age of the last durable state.",
