@@ -8,7 +8,7 @@ one too high for ever. Here the positions are translated and nothing is run.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -54,18 +54,18 @@ class OptimizerPart:
 
     def capture(self) -> Captured:
         names = self._names()
-        positional = self.optimizer.state_dict()
+        live = self.optimizer.state_dict()
         tree = {
             "state": {
                 names[key] if isinstance(key, int) else key: value
-                for key, value in positional["state"].items()
+                for key, value in live["state"].items()
             },
             "groups": [
                 {**group, "params": [names[i] for i in group["params"]]}
-                for group in positional["param_groups"]
+                for group in live["param_groups"]
             ],
         }
-        extra = {k: v for k, v in positional.items() if k not in ("state", "param_groups")}
+        extra = {k: v for k, v in live.items() if k not in ("state", "param_groups")}
         if extra:
             tree["extra"] = extra
         captured = captured_tree(tree, name=self.name, kind=self.kind, scope=Scope.REPLICATED)
@@ -171,15 +171,7 @@ class OptimizerPart:
     def apply(self, state: Any) -> None:
         names = self._names()
         groups = _regrouped(state["groups"], self._grouped(names))
-        position = {name: i for i, name in enumerate(names)}
-        positional = {
-            "state": {position.get(key, key): each for key, each in state["state"].items()},
-            "param_groups": [
-                {**group, "params": [position[n] for n in group["params"]]} for group in groups
-            ],
-            **state.get("extra", {}),
-        }
-        self.optimizer.load_state_dict(positional)
+        self.optimizer.load_state_dict(positional({**state, "groups": groups}, names))
         self._undo_casts(state["state"], names)
 
     def _undo_casts(self, saved: Mapping[str, Any], names: list[str]) -> None:
@@ -219,6 +211,22 @@ class OptimizerPart:
             for g, group in enumerate(self.optimizer.param_groups)
             for i, p in enumerate(group["params"])
         ]
+
+
+def positional(state: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The decoded state of a part as `Optimizer.state_dict()` has it: parameters by position.
+
+    Args:
+        names: of all parameters, in the order of their positions.
+    """
+    position = {name: i for i, name in enumerate(names)}
+    return {
+        "state": {position.get(key, key): each for key, each in state["state"].items()},
+        "param_groups": [
+            {**group, "params": [position[n] for n in group["params"]]} for group in state["groups"]
+        ],
+        **state.get("extra", {}),
+    }
 
 
 def _groups(value: Json) -> list[list[str]]:

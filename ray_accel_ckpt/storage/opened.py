@@ -16,6 +16,7 @@ from ray_accel_ckpt.state.part import SavedPart
 from ray_accel_ckpt.state.tree import TAG, Json, unflatten
 from ray_accel_ckpt.storage.catalog import ShardFetch, open_snapshot
 from ray_accel_ckpt.storage.filesystem import resolve
+from ray_accel_ckpt.storage.proving import faults_of
 
 
 class SavedCheckpoint:
@@ -65,10 +66,8 @@ class SavedCheckpoint:
             CorruptCheckpointError: naming the first file, tensor and byte range
                 that are not what was written.
         """
-        for shard in self._snapshot.shards:
-            self._fetch.prove(shard)
-        for rank in range(self.world_size):
-            self._snapshot.parts(rank)
+        for fault in faults_of(self._snapshot, self._fetch):
+            raise fault
 
 
 def open_checkpoint(checkpoint: Any) -> SavedCheckpoint:
@@ -119,12 +118,19 @@ def part_of(snapshot: Snapshot, name: str, rank: int) -> SavedPart:
     return parts[name]
 
 
+def shared_parts(snapshot: Snapshot) -> tuple[str, ...]:
+    """Names of the parts of which all workers have one and the same."""
+    own = snapshot.per_rank_parts()
+    return tuple(name for name in snapshot.manifests[0].parts if name not in own)
+
+
 def require_rank(snapshot: Snapshot, rank: int) -> None:
     """Raise `ConfigurationError` unless `rank` was there when the checkpoint was saved."""
     if not 0 <= rank < snapshot.world_size:
         raise ConfigurationError(
             f"no rank {rank}: {snapshot.world_size} workers saved this checkpoint",
             where=snapshot.where,
+            remedy=f"ranks are 0 to {snapshot.world_size - 1}",
         )
 
 

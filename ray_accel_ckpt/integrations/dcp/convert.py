@@ -21,7 +21,7 @@ from ray_accel_ckpt.state.optimizer import OptimizerPart
 from ray_accel_ckpt.state.part import Captured, SavedPart, Scope, captured_tree
 from ray_accel_ckpt.state.tree import tensor_refs, unflatten
 from ray_accel_ckpt.storage.filesystem import resolve
-from ray_accel_ckpt.storage.opened import StoredTensors, open_stored, part_of
+from ray_accel_ckpt.storage.opened import StoredTensors, open_stored, part_of, shared_parts
 from ray_accel_ckpt.storage.writer import refuse_other_checkpoint, write_image
 from ray_accel_ckpt.version import __version__
 
@@ -134,8 +134,7 @@ def to_dcp(
         StorageError: what storage refused.
     """
     snapshot, fetch = open_stored(checkpoint)
-    own = snapshot.per_rank_parts()
-    shared = tuple(name for name in snapshot.manifests[0].parts if name not in own)
+    own, shared = snapshot.per_rank_parts(), shared_parts(snapshot)
     chosen = {name: part_of(snapshot, name, 0) for name in (shared if parts is None else parts)}
     for name in chosen:
         if name in own:
