@@ -14,9 +14,10 @@ import logging
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from ray_accel_ckpt.errors import CheckpointError
+from ray_accel_ckpt.errors import CheckpointError, ConfigurationError
 from ray_accel_ckpt.runtime.record import (
     SNAPSHOT,
     State,
@@ -65,28 +66,84 @@ def heal_run(
     """
     filesystem, root = resolve(storage_path, storage_filesystem)
     run = f"{root}/{name}"
+    found = heal(filesystem, run, score=Score.of(checkpoint_config))
+    for each in found:
+        logger.warning("%s: %s", run, each)
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """The metric by which Ray ranks checkpoints, if it ranks them by one.
+
+    Args:
+        attribute: its name, ``"loss"``, or ``"eval/loss"`` for one inside of another; None
+            if they rank by time.
+        order: ``"min"`` or ``"max"``: which of them are the best.
+
+    Raises:
+        ConfigurationError: another order.
+    """
+
+    attribute: str | None = None
+    order: str = "max"
+
+    def __post_init__(self) -> None:
+        if self.order not in ("min", "max"):
+            raise ConfigurationError(f"the order of a score is min or max, not {self.order!r}")
+
+    @classmethod
+    def of(cls, checkpoint_config: Any) -> Score:
+        """That of a `ray.train.CheckpointConfig`, or of None."""
+        attribute = getattr(checkpoint_config, "checkpoint_score_attribute", None)
+        if attribute is None:
+            return cls()
+        return cls(attribute=attribute, order=checkpoint_config.checkpoint_score_order)
+
+    @property
+    def worst(self) -> dict[str, float]:
+        """What Ray is told of a checkpoint whose metrics are lost.
+
+        Without the score Ray ranks it best if the order is "min"; infinities and NaN
+        do not survive Ray's own writing. So the score is the worst there is in numbers.
+        """
+        if self.attribute is None:
+            return {}
+        return {self.attribute: _WORST if self.order == "min" else -_WORST}
+
+
+_BY_TIME = Score()
+
+
+def heal(
+    filesystem: Filesystem, run: str, *, score: Score = _BY_TIME, dry_run: bool = False
+) -> tuple[str, ...]:
+    """`heal_run` for the run's directory on a filesystem.
+
+    Args:
+        dry_run: change nothing, and only say what would be mended.
+    """
     sizes = {e.name: e.nbytes for e in listed(filesystem, run)}
-    state, found = empty_state(), []
+    state, found, torn = empty_state(), [], None
     if SNAPSHOT in sizes:
         data = read_snapshot(filesystem, run, sizes[SNAPSHOT] or 0)
         read = parsed(data)
         if read is None:
-            _write(filesystem, f"{run}/{SNAPSHOT}.torn", data)
+            torn = data
             found.append("the snapshot file was torn: written anew")
         else:
             gone = set(registered_in(read)) - {n for n, nbytes in sizes.items() if nbytes is None}
             state = _without(read, gone)
             found += [f"checkpoint {each} is gone: taken out" for each in sorted(gone)]
-    worst = _worst_score(checkpoint_config)
-    state, unranked = _ranked(state, worst)
+    state, unranked = _ranked(state, score.worst)
     found += [f"checkpoint {each} has a score that is no number: ranked last" for each in unranked]
     adopted = _newer(filesystem, run, state)
-    state = _with(state, adopted, worst)
+    state = _with(state, adopted, score.worst)
     found += [f"checkpoint {each} is whole and was not registered: adopted" for each in adopted]
-    if found:
+    if found and not dry_run:
+        if torn is not None:
+            _write(filesystem, f"{run}/{SNAPSHOT}.torn", torn)
         _write(filesystem, f"{run}/{SNAPSHOT}", json.dumps(state).encode())
-    for each in found:
-        logger.warning("%s: %s", run, each)
     return tuple(found)
 
 
@@ -106,19 +163,6 @@ def _newer(filesystem: Filesystem, run: str, state: State) -> list[str]:
             continue
         names.append(candidate.name)
     return names
-
-
-def _worst_score(checkpoint_config: Any) -> dict[str, float]:
-    """What Ray is told of a checkpoint whose metrics are lost.
-
-    Without the score Ray ranks it best if the order is "min"; infinities and NaN
-    do not survive Ray's own writing. So the score is the worst there is in numbers.
-    """
-    attribute = getattr(checkpoint_config, "checkpoint_score_attribute", None)
-    if attribute is None:
-        return {}
-    least = checkpoint_config.checkpoint_score_order == "min"
-    return {attribute: _WORST if least else -_WORST}
 
 
 def without_placeholders(metrics: Mapping[str, Any]) -> dict[str, Any]:

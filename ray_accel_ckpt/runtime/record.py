@@ -74,6 +74,11 @@ def read_record(filesystem: Filesystem, run: str) -> Record | None:
     )
 
 
+def has_record(filesystem: Filesystem, run: str) -> bool:
+    """Whether there is such a file, good or torn."""
+    return _length(filesystem, run) is not None
+
+
 def read_snapshot(filesystem: Filesystem, run: str, nbytes: int) -> bytes:
     """The file's bytes. `nbytes` is its length as listed."""
     what = "read Ray's record of the run"

@@ -161,13 +161,23 @@ def sweep_run(
     if record is None:
         logger.warning("%s: nothing is swept, Ray's record of the run is torn", run)
         return ()
-    orphans = look(filesystem, run, record).orphans
-    if not _stands(filesystem, run, record):
-        orphans = tuple(orphan for orphan in orphans if not orphan.whole)
+    orphans = orphans_of(filesystem, run, record)
     if not dry_run:
         for orphan in orphans:
             remove(filesystem, orphan)
     return orphans
+
+
+def orphans_of(filesystem: Filesystem, run: str, record: Record) -> tuple[Orphan, ...]:
+    """What `sweep_run` removes of a run that is not going.
+
+    Raises:
+        StorageError: the storage cannot be read.
+    """
+    orphans = look(filesystem, run, record).orphans
+    if _stands(filesystem, run, record):
+        return orphans
+    return tuple(orphan for orphan in orphans if not orphan.whole)
 
 
 class Sweeper:

@@ -13,7 +13,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,10 +28,16 @@ _OBJECT_STORE = re.compile(r"\b(s3a?|gcs|gs|abfss?|az|adl|oss)\b")
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One thing in a directory: `nbytes` is None for a directory."""
+    """One thing in a directory: `nbytes` is None for a directory.
+
+    Attributes:
+        modified: when a file was last written, in seconds since the epoch; None if the
+            storage does not tell.
+    """
 
     name: str
     nbytes: int | None
+    modified: float | None = field(default=None, compare=False)
 
 
 class Readable(Protocol):
@@ -178,15 +184,15 @@ class ArrowFilesystem:
         # pyarrow's GCS client does not tell of directories that only their files make.
         deep = self.filesystem.type_name == "gcs"
         selector = pafs.FileSelector(path, allow_not_found=True, recursive=deep)
-        found: dict[str, int | None] = {}
+        found: dict[str, Entry] = {}
         for info in self.filesystem.get_file_info(selector):
             name = info.base_name or info.path.rstrip("/").rpartition("/")[2]
             is_file = info.type != pafs.FileType.Directory
             if deep:
                 name, below, _ = info.path.removeprefix(f"{path}/").rstrip("/").partition("/")
                 is_file = is_file and not below
-            found[name] = info.size if is_file else None
-        return [Entry(name=name, nbytes=nbytes) for name, nbytes in sorted(found.items())]
+            found[name] = _arrow_entry(name, info) if is_file else Entry(name=name, nbytes=None)
+        return [found[name] for name in sorted(found)]
 
     def delete(self, path: str) -> None:
         info = self.filesystem.get_file_info(path)
@@ -260,10 +266,17 @@ def _has_directories(filesystem: pafs.FileSystem) -> bool:
     return _OBJECT_STORE.search(filesystem.type_name) is None
 
 
+def _arrow_entry(name: str, info: pafs.FileInfo) -> Entry:
+    modified = None if info.mtime_ns is None else info.mtime_ns / 1e9
+    return Entry(name=name, nbytes=info.size, modified=modified)
+
+
 def _local_entry(entry: os.DirEntry[str]) -> Entry:
     try:
-        is_dir = entry.is_dir()
-        return Entry(name=entry.name, nbytes=None if is_dir else entry.stat().st_size)
+        if entry.is_dir():
+            return Entry(name=entry.name, nbytes=None)
+        status = entry.stat()
+        return Entry(name=entry.name, nbytes=status.st_size, modified=status.st_mtime)
     except OSError as e:
         # Removed between listing and asking, or a link to nowhere: nothing to read there.
         if isinstance(e, FileNotFoundError) or entry.is_symlink():
