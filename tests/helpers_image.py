@@ -105,6 +105,9 @@ def image_of(
     step: int = 0,
     attempt: str = "abc123",
     run: str = RUN,
+    epoch: int = 0,
+    saved_at: float = 1.5,
+    library: str = "test",
     frozen: Collection[str] = (),
 ) -> Image:
     """What `rank` would write of a captured bundle."""
@@ -116,12 +119,12 @@ def image_of(
         run=run,
         attempt=attempt,
         step=step,
-        epoch=0,
+        epoch=epoch,
         rank=rank,
         world_size=world_size,
         plan=partition.plan_digest(specs, world_size=world_size),
-        library="test",
-        saved_at=1.5,
+        library=library,
+        saved_at=saved_at,
     )
     tensors = {name: t for part in captured.values() for name, t in part.tensors.items()}
     slot = Slot()

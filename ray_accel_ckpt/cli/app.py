@@ -1,7 +1,8 @@
-"""What all commands share."""
+"""What all commands share: the application, and how errors end it."""
 
 from __future__ import annotations
 
+import errno
 from typing import Annotated, Any
 
 import typer
@@ -10,18 +11,41 @@ from typer.core import TyperGroup
 from ray_accel_ckpt.errors import AccelCkptError
 from ray_accel_ckpt.version import __version__
 
+_TROUBLE = {"diff": 2, "verify": 2}
+"""Exit status of an error, where 1 is an answer. It is 1 elsewhere."""
+_INTERRUPTED = 130
+
 
 class _Group(TyperGroup):
-    """Errors of this library are for whoever typed the command: a text, and exit status 1."""
+    """Errors are for whoever typed the command: a text and an exit status, no traceback."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except AccelCkptError as error:
-            if ctx.params["debug"]:
+        except KeyboardInterrupt as error:
+            typer.echo("Interrupted.", err=True)
+            raise typer.Exit(_INTERRUPTED) from error
+        except (AccelCkptError, OSError) as error:
+            # Whoever reads the output has gone away, which typer takes care of.
+            gone = isinstance(error, OSError) and error.errno == errno.EPIPE
+            if ctx.params["debug"] or gone:
                 raise
-            typer.echo(f"Error: {error}", err=True)
-            raise typer.Exit(1) from error
+            typer.echo(f"Error: {_told(error)}", err=True)
+            raise typer.Exit(_TROUBLE.get(ctx.invoked_subcommand, 1)) from error
+
+
+def _told(error: AccelCkptError | OSError) -> str:
+    if isinstance(error, AccelCkptError):
+        return str(error)
+    return str(
+        AccelCkptError(
+            error.strerror or str(error),
+            where=str(error.filename or ""),
+            why=type(error).__name__,
+            remedy="see whether the path and the credentials are right; "
+            "ray-accel-ckpt --debug shows where it arose",
+        )
+    )
 
 
 app = typer.Typer(

@@ -1,0 +1,30 @@
+"""Runs on this disk, and a server that speaks S3."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.cli import runs
+from tests.storage.conftest import s3
+
+__all__ = ["s3"]
+
+
+@pytest.fixture
+def digits(tmp_path: Path) -> Path:
+    """A run of 2 workers: two checkpoints that Ray knows, one that it does not, half of one."""
+    run = tmp_path / "digits"
+    names = [runs.saved(run, step) for step in (20, 40)]
+    runs.saved(run, 30, attempt="0c1d2e")
+    runs.saved(run, 60, ranks=1)
+    runs.register(run, *names)
+    return run
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """One checkpoint of 2 workers."""
+    run = tmp_path / "digits"
+    return run / runs.saved(run, 20)

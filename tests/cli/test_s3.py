@@ -1,0 +1,142 @@
+"""The commands on a server that speaks S3, found by options, by the URI, by the environment."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load
+
+from ray_accel_ckpt.runtime.record import SNAPSHOT
+from ray_accel_ckpt.storage.filesystem import Filesystem, resolve
+from tests.cli import runs
+from tests.cli.commands import document, refused, told
+from tests.storage.conftest import BUCKET
+
+NAMES = ["checkpoint_00000040_5d8e3f", "checkpoint_00000020_5d8e3f"]
+CUT_OFF = "checkpoint_00000060_5d8e3f"
+
+
+@pytest.fixture
+def options(s3: str) -> list[str]:
+    return ["--endpoint-url", f"http://{s3}", "--region", "us-east-1"]
+
+
+@pytest.fixture
+def bucket(s3: str) -> Filesystem:
+    uri = f"s3://{BUCKET}?endpoint_override={s3}&scheme=http&region=us-east-1"
+    return resolve(uri)[0]
+
+
+@pytest.fixture
+def run(bucket: Filesystem, tmp_path: Path) -> str:
+    """A run in the bucket, without the scheme."""
+    path = f"{BUCKET}/{secrets.token_hex(4)}"
+    for name, step in zip(NAMES, (40, 20), strict=True):
+        runs.save(bucket, f"{path}/{name}", step)
+    runs.save(bucket, f"{path}/{CUT_OFF}", 60, ranks=1)
+    runs.register(tmp_path, *reversed(NAMES))
+    bucket.write(f"{path}/{SNAPSHOT}", [(tmp_path / SNAPSHOT).read_bytes()])
+    return path
+
+
+def _read(filesystem: Filesystem, path: str) -> bytearray:
+    directory, _, name = path.rpartition("/")
+    nbytes = next(e.nbytes for e in filesystem.list(directory) if e.name == name)
+    data = bytearray(nbytes or 0)
+    filesystem.read_into(path, 0, memoryview(data))
+    return data
+
+
+def _way(kind: str, run: str, s3: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Arguments that lead to the run."""
+    if kind == "options":
+        return [f"s3://{run}", "--endpoint-url", f"http://{s3}", "--region", "us-east-1"]
+    if kind == "uri":
+        return [f"s3://{run}?endpoint_override={s3}&scheme=http&region=us-east-1"]
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{s3}")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    return [f"s3://{run}", "--region", "us-east-1"]
+
+
+@pytest.mark.parametrize("kind", ["options", "uri", "environment"])
+def test_listing(run: str, s3: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    listing = document("ls", *_way(kind, run, s3, monkeypatch))
+    assert listing["run"] == run
+    conditions = {each["name"]: each["condition"] for each in listing["checkpoints"]}
+    assert conditions == {CUT_OFF: "not whole", NAMES[0]: "good", NAMES[1]: "good"}
+    assert [each["latest"] for each in listing["checkpoints"]] == [False, True, False]
+
+
+def test_proving(run: str, bucket: Filesystem, options: list[str]) -> None:
+    place = f"s3://{run}/{NAMES[0]}"
+    assert document("verify", place, *options)["good"]
+    shard = f"{run}/{NAMES[0]}/shard-00001-of-00002.safetensors"
+    data = _read(bucket, shard)
+    data[-1] ^= 1
+    bucket.write(shard, [data])
+    [found] = document("verify", place, *options, status=1)["checkpoints"]
+    assert found["faults"][0]["where"].startswith(f"{shard}, bytes ")
+
+
+def test_comparing_with_one_on_this_disk(run: str, checkpoint: Path, options: list[str]) -> None:
+    assert "the same" in told("diff", f"s3://{run}/{NAMES[1]}", checkpoint, *options)
+    found = document("diff", checkpoint, f"s3://{run}/{NAMES[0]}", *options, status=1)
+    assert "model/0.weight" in [each["path"] for each in found["changed"]]
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+@pytest.mark.parametrize("to", ["safetensors", "torch", "dcp"])
+def test_exporting(
+    run: str, bucket: Filesystem, options: list[str], to: str, tmp_path: Path
+) -> None:
+    source = f"s3://{run}/{NAMES[1]}"
+    written = document("export", source, f"s3://{run}/{to}", "--to", to, *options)["written"]
+    assert all(path.startswith(f"{run}/{to}") for path in written)
+    weights = runs.Worker(20, 0, 2).model.state_dict()
+    if to == "safetensors":
+        found: Any = load(bytes(_read(bucket, written[0])))
+    elif to == "torch":
+        (tmp_path / "model.pt").write_bytes(_read(bucket, written[0]))
+        found = torch.load(tmp_path / "model.pt", weights_only=True)["model"]
+    else:
+        assert {entry.name for entry in bucket.list(written[0])} == {".metadata", "__0_0.distcp"}
+        return
+    assert all(torch.equal(tensor, found[name]) for name, tensor in weights.items())
+
+
+def test_healing_and_sweeping(run: str, bucket: Filesystem, options: list[str]) -> None:
+    assert document("heal", f"s3://{run}", *options)["mended"] == []
+    assert "the run may be going" in refused("sweep", f"s3://{run}", *options)
+    swept = document("sweep", f"s3://{run}", "--older-than", "0s", *options)
+    assert [each["name"] for each in swept["directories"]] == [CUT_OFF]
+    assert {e.name for e in bucket.list(run) if e.nbytes is None} == set(NAMES)
+
+
+def test_a_time_is_told_of_every_object(run: str, bucket: Filesystem) -> None:
+    entries = bucket.list(f"{run}/{NAMES[0]}")
+    assert entries
+    assert all(entry.modified is not None for entry in entries)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["ls", "s3://b/r", "--endpoint-url", "localhost:9000"], "is no URL of a server"),
+        (["ls", "s3://b/r", "--endpoint-url", "http://h/bucket"], "is no URL of a server"),
+        (["ls", "/disk/run", "--region", "eu"], "nothing that lies there"),
+        (["ls", "s3://b/r?region=eu", "--region", "us"], "the URI says region already"),
+    ],
+)
+def test_an_endpoint_that_cannot_be_is_refused(arguments: list[str], why: str) -> None:
+    assert why in refused(*arguments)
+
+
+def test_a_bucket_that_is_not_there(s3: str, options: list[str]) -> None:
+    del s3
+    said: Callable[..., str] = refused
+    assert "what to do" in said("ls", "s3://nobodys-bucket/run", *options)
