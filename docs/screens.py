@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from ray_accel_ckpt.cli import app, output
 from tests.cli import runs
+from tests.report import runs as journals
 
 PAGE = Path(__file__).parent / "cli.md"
 SHARED = "/mnt/shared"
@@ -59,6 +60,7 @@ def _make_runs(place: Path) -> None:
     first = runs.saved(lost, 10)
     runs.saved(lost, 20)
     runs.register(lost, first)
+    journals.write(place / "spot")
     for path in place.rglob("*"):
         os.utime(path, (runs.SAVED_AT, runs.SAVED_AT))
 

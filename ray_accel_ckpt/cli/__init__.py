@@ -9,6 +9,7 @@ from ray_accel_ckpt.cli.diff import diff
 from ray_accel_ckpt.cli.export import export
 from ray_accel_ckpt.cli.heal import heal
 from ray_accel_ckpt.cli.ls import ls
+from ray_accel_ckpt.cli.report import report
 from ray_accel_ckpt.cli.show import show
 from ray_accel_ckpt.cli.sweep import sweep
 from ray_accel_ckpt.cli.verify import verify
@@ -23,4 +24,5 @@ app.command("diff")(diff)
 app.command("export")(export)
 app.command("heal")(heal)
 app.command("sweep")(sweep)
+app.command("report")(report)
 app.command("watch-node")(watch_node)

@@ -22,7 +22,7 @@ from tests.cli import runs
 from tests.cli.commands import run, told
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ["ls", "show", "verify", "diff", "export", "heal", "sweep", "watch-node"]
+COMMANDS = ["ls", "show", "verify", "diff", "export", "heal", "sweep", "report", "watch-node"]
 
 
 def process(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -12,8 +12,10 @@ import pytest
 
 from ray_accel_ckpt.cli.export import Exported, To
 from ray_accel_ckpt.cli.heal import Healed
+from ray_accel_ckpt.cli.report import Reported
 from ray_accel_ckpt.cli.verify import Verified
 from ray_accel_ckpt.image.difference import Difference
+from ray_accel_ckpt.report.history import Attempt, Save, Spent
 from ray_accel_ckpt.runtime.listing import ListedCheckpoint, RunListing
 from ray_accel_ckpt.runtime.quiet import Swept, SweptDirectory
 from ray_accel_ckpt.state.leaves import Form
@@ -36,6 +38,7 @@ DOCUMENTS = {
     "export": (Exported,),
     "heal": (Healed,),
     "sweep": (Swept, SweptDirectory),
+    "report": (Reported, Attempt, Save, Spent),
 }
 
 
@@ -51,7 +54,7 @@ def _screens() -> Any:
 def test_the_screens_of_the_page_are_what_is_printed() -> None:
     """Else: `python docs/screens.py`."""
     page = (DOCS / "cli.md").read_text()
-    assert len(re.findall(r"^\$ ray-accel-ckpt ", page, re.MULTILINE)) == 8
+    assert len(re.findall(r"^\$ ray-accel-ckpt ", page, re.MULTILINE)) == 9
     assert _screens().rendered(page) == page
 
 
@@ -68,7 +71,7 @@ def test_each_key_of_a_document_is_on_the_page(command: str) -> None:
 def test_each_option_is_on_the_page_or_in_the_help() -> None:
     page = (DOCS / "cli.md").read_text()
     options = re.findall(r"(?<!-)(--[a-z][a-z-]+)", page)
-    commands = ["ls", "show", "verify", "diff", "export", "heal", "sweep"]
+    commands = ["ls", "show", "verify", "diff", "export", "heal", "sweep", "report"]
     known = "".join(told(command, "--help") for command in commands) + told("--help")
     assert [option for option in options if option not in known] == []
     assert all(f"`{to}`" in page for to in To)

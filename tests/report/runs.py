@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 from ray_accel_ckpt.storage.journal import Event
@@ -46,7 +48,7 @@ def attempt(
 
 
 def run() -> list[Event]:
-    text = "ActorDiedError: <script>the node & all on it are gone</script>"
+    text = "ActorDiedError: the node is gone"
     return [
         *attempt("aaaaaa", 0, 0, 240, unfinished=200),
         event(146, "failure", "controller", errors={"2": text}),
@@ -54,3 +56,14 @@ def run() -> list[Event]:
         event(268, "notice", "bbbbbb", step=296, nodes=["ff"], ranks=[1], deadline=BEGAN + 300),
         *attempt("cccccc", 300, 300, 400, tier="memory", end=True),
     ]
+
+
+def write(directory: Path) -> Path:
+    """The run's directory, with its journal as it would lie there."""
+    for writer in ("aaaaaa", "bbbbbb", "cccccc", "controller"):
+        events = [event for event in run() if event.writer == writer]
+        path = directory / "events" / f"{int(events[0].at * 1000)}-{writer}-0.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = [{"at": e.at, "event": e.kind, **e.fields} for e in events]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return directory

@@ -16,9 +16,7 @@ def _history() -> History:
 def test_attempts_say_where_they_came_from_how_far_they_came_and_how_they_ended() -> None:
     first, second, third = _history().attempts
     assert (first.first, first.last, first.resumed_from, first.tier) == (0, 240, None, None)
-    assert first.ending == (
-        "failed: rank 2: ActorDiedError: <script>the node & all on it are gone</script>"
-    )
+    assert first.ending == "failed: rank 2: ActorDiedError: the node is gone"
     assert (second.first, second.last, second.tier) == (150, 300, "storage")
     assert (second.resumed_from, second.restoring) == ("checkpoint_00000150_000000", 2.0)
     assert second.ending == "lost"

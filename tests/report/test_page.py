@@ -14,7 +14,7 @@ import pytest
 from ray_accel_ckpt.report.figure import AGAIN, LOSS, NEW, NOTICE, SAVED, png, timeline
 from ray_accel_ckpt.report.history import history_of
 from ray_accel_ckpt.report.page import duration, nbytes, page
-from tests.report.runs import attempt, run
+from tests.report.runs import attempt, event, run
 
 _FLAGS = (
     "--headless",
@@ -79,9 +79,11 @@ def test_a_browser_draws_the_timeline(tmp_path: Path) -> None:
 
 
 def test_nothing_in_it_comes_from_elsewhere_or_runs() -> None:
-    html = _page("s3://bucket/<run>&")
+    hostile = event(150, "failure", "controller", errors={"2": "E: <script>alert(1)</script>"})
+    events = [each for each in run() if each.kind != "failure"]
+    html = page(history_of([*events, hostile], where=""), run="s3://bucket/<run>&")
     assert "s3://bucket/&lt;run&gt;&amp;" in html
-    assert "&lt;script&gt;the node" in html
+    assert html.count("&lt;script&gt;alert(1)") == 2
     assert "<script" not in html
     # Names of namespaces are no addresses that anything is read from.
     outside = re.findall(r'(?:src|href)="(?!#)([^"]*)"', html)
