@@ -11,7 +11,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export RAY_DEDUP_LOGS := 1
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: demo demo-elastic demo-tune test test-all lint pure gloo ray-tests long-tests chaos chaos-tests examples benchmark-save-stall benchmark-ray-stall benchmark-restore benchmark-recovery benchmark-goodput benchmark-growth clean
+.PHONY: demo demo-elastic demo-tune test test-all lint docs browser pure gloo ray-tests long-tests chaos chaos-tests examples benchmark-save-stall benchmark-ray-stall benchmark-restore benchmark-recovery benchmark-goodput benchmark-growth clean
 
 demo: $(STAMP)
 	$(RUN) examples/resume_digits.py
@@ -22,7 +22,7 @@ demo-elastic: $(STAMP)
 demo-tune: $(STAMP)
 	$(RUN) examples/tune_pbt.py
 
-test: lint pure gloo ray-tests chaos-tests
+test: lint docs pure gloo ray-tests chaos-tests
 
 test-all: test long-tests examples
 
@@ -32,8 +32,23 @@ lint: $(STAMP)
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
-pure: $(STAMP)
-	$(RUN) -m pytest -q -n auto tests/pure tests/attacks tests/storage tests/cluster tests/node tests/cuda
+# The site, in build/site. A link that leads nowhere is an error.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build -q
+
+# For the tests that look at a page. Debian's package; where there is another one, it is used.
+BROWSER := $(or $(shell command -v chromium || command -v google-chrome),/usr/bin/chromium)
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
+
+browser: $(BROWSER)
+
+/usr/bin/chromium:
+	$(SUDO) apt-get update -q
+	$(SUDO) apt-get install -y -q --no-install-recommends chromium
+
+PURE := pure attacks storage cluster node cuda cli report
+pure: $(STAMP) $(BROWSER)
+	$(RUN) -m pytest -q -n auto $(PURE:%=tests/%)
 
 gloo: $(STAMP)
 	$(RUN) -m pytest -q -n auto tests/gloo
@@ -87,7 +102,7 @@ benchmark-growth: $(STAMP)
 $(STAMP):
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install -q -c constraints.txt -e '.[test,lint]'
+	$(RUN) -m pip install -q -c constraints.txt -e '.[test,lint,docs]'
 	touch $@
 
 clean:

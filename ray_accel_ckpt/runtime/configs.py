@@ -47,8 +47,8 @@ def run_config(
         max_failures: how many failures are survived; preemptions that Ray
             recognises are not counted and have no limit.
         num_to_keep: how many checkpoints stay; None for all.
-        failure_config, checkpoint_config: Ray's, used as they are, instead of
-            the two before.
+        failure_config: Ray's, used as it is, instead of `max_failures`.
+        checkpoint_config: Ray's, used as it is, instead of `num_to_keep`.
         options: whatever else `RunConfig` takes.
 
     Raises:

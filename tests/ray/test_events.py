@@ -22,7 +22,11 @@ from ray_accel_ckpt.runtime.metrics import ALL
 from ray_accel_ckpt.storage.filesystem import LocalFilesystem
 from ray_accel_ckpt.storage.journal import Event, read_events
 
-pytestmark = pytest.mark.usefixtures("cluster")
+pytestmark = [
+    pytest.mark.usefixtures("cluster"),
+    # Ray's own, of which there are many.
+    pytest.mark.filterwarnings("ignore"),
+]
 
 STEPS, EVERY, LOST_AT = 10, 4, 6
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import matplotlib.image
@@ -14,36 +12,12 @@ import pytest
 from ray_accel_ckpt.report.figure import AGAIN, LOSS, NEW, NOTICE, SAVED, png, timeline
 from ray_accel_ckpt.report.history import history_of
 from ray_accel_ckpt.report.page import duration, nbytes, page
+from tests.report.browser import browse
 from tests.report.runs import attempt, event, run
-
-_FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--hide-scrollbars",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
 
 
 def _page(where: str = "s3://bucket/run") -> str:
     return page(history_of(run(), where=where), run=where)
-
-
-def _browse(directory: Path, html: str, *options: str) -> str:
-    """What headless Chromium says of a page."""
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    assert chromium is not None, "make browser"
-    (directory / "page.html").write_text(html)
-    command = [chromium, *_FLAGS, f"--user-data-dir={directory / 'profile'}", *options]
-    ran = subprocess.run(
-        [*command, (directory / "page.html").as_uri()], capture_output=True, text=True, timeout=300
-    )
-    assert ran.returncode == 0, ran.stderr
-    return ran.stdout
 
 
 def _text(dom: str, name: str) -> str:
@@ -59,7 +33,7 @@ def _count(picture: Path, colour: str) -> int:
 
 
 def test_a_browser_shows_the_page(tmp_path: Path) -> None:
-    dom = _browse(tmp_path, _page(), "--dump-dom")
+    dom = browse(tmp_path, _page(), "--dump-dom")
     history = history_of(run(), where="")
     assert history.spent.goodput is not None
     assert _text(dom, "goodput") == f"{100 * history.spent.goodput:.1f} %"
@@ -73,7 +47,7 @@ def test_a_browser_shows_the_page(tmp_path: Path) -> None:
 
 def test_a_browser_draws_the_timeline(tmp_path: Path) -> None:
     shot = tmp_path / "shot.png"
-    _browse(tmp_path, _page(), f"--screenshot={shot}", "--window-size=1100,1900")
+    browse(tmp_path, _page(), f"--screenshot={shot}", "--window-size=1100,1900")
     for colour, least in ((NEW, 300), (AGAIN, 100), (SAVED, 100), (LOSS, 20), (NOTICE, 20)):
         assert _count(shot, colour) > least, colour
 
