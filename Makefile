@@ -54,15 +54,15 @@ gloo: $(STAMP)
 	$(RUN) -m pytest -q -n auto tests/gloo
 
 ray-tests: $(STAMP)
-	$(RUN) -m pytest -q -m "not long" tests/ray
+	$(RUN) -m pytest -q -m "not long" --durations 10 tests/ray
 
 # What takes minutes and is next to something that `make test` plays.
 long-tests: $(STAMP)
-	$(RUN) -m pytest -q -m long tests/ray
+	$(RUN) -m pytest -q -m long tests/ray tests/chaos
 
-# A fixed dozen of what `chaos` plays.
+# Half of a fixed dozen of what `chaos` plays; `long-tests` play the other half.
 chaos-tests: $(STAMP)
-	$(RUN) -m pytest -q tests/chaos
+	$(RUN) -m pytest -q -m "not long" tests/chaos
 
 # Faults at random moments: SEED is the first, RUNS how many, OUT a file for the table.
 # With MEMORY=1 all of them with the memory tier, of which else a third have it.

@@ -17,6 +17,8 @@ from tests.chaos.scenario import draw
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 DOZEN = (2, 6, 8, 9, 10, 13, 14, 17, 34, 48, 59, 36)
+# Of them, half are played by `make test`, and half by `make test-all`.
+SEEDS = [*DOZEN[::2], *(pytest.param(seed, marks=pytest.mark.long) for seed in DOZEN[1::2])]
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +37,7 @@ def test_the_dozen_has_each_kind() -> None:
     assert {draw(seed).shape for seed in DOZEN} == {"fixed", "elastic"}
 
 
-@pytest.mark.parametrize("seed", DOZEN)
+@pytest.mark.parametrize("seed", SEEDS)
 def test_a_run_that_is_struck_ends_as_one_that_is_not(
     seed: int, nodes: Nodes, untouched: list[str], tmp_path: Path
 ) -> None:
