@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ray.cluster_utils import Cluster
@@ -21,10 +22,9 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture
-def job_server(untouched: list[str]) -> Iterator[str]:
-    """The address of a head of its own, with its job server."""
-    del untouched  # needs the other cluster, and is the heavier part: before this one starts
+@contextlib.contextmanager
+def head_of_its_own() -> Iterator[tuple[str, Any]]:
+    """A head beside the tests' cluster: the address of its job server, and the node."""
     for attempt in range(TRIES):
         head = Cluster()
         try:
@@ -41,8 +41,17 @@ def job_server(untouched: list[str]) -> Iterator[str]:
                 head.shutdown()
             if attempt == TRIES - 1:
                 raise
-    yield f"http://{node.webui_url}"
-    head.shutdown()
+    try:
+        yield f"http://{node.webui_url}", node
+    finally:
+        head.shutdown()
+
+
+@pytest.fixture
+def job_server(untouched: list[str]) -> Iterator[str]:
+    del untouched  # needs the other cluster, and is the heavier part: before this one starts
+    with head_of_its_own() as (server, _):
+        yield server
 
 
 def _ray_job(command: str, server: str, *arguments: str) -> str:
