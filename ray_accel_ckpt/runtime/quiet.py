@@ -1,8 +1,8 @@
 """Sweeping a run from outside, which may be going without our knowing it.
 
-Whoever trains writes: shards and manifests, and, before it deletes anything, Ray its
-record. So a run to which nothing has been written for some time is not going, or will
-do nothing to a checkpoint at this moment.
+Whoever trains writes: shards and manifests, each ten seconds its journal, and, before it
+deletes anything, Ray its record. So a run to which nothing has been written for some
+time is not going, or will do nothing to a checkpoint at this moment.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from ray_accel_ckpt.runtime.sweep import Orphan, orphans_of, remove
 from ray_accel_ckpt.storage.access import listed
 from ray_accel_ckpt.storage.catalog import candidates
 from ray_accel_ckpt.storage.filesystem import Filesystem
+from ray_accel_ckpt.storage.journal import DIRECTORY
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +82,8 @@ def sweep_quiet_run(
 
 def _require_quiet(filesystem: Filesystem, run: str, quiet_for: float) -> None:
     since = time.time() - quiet_for
-    for directory in (run, *(each.path for each in candidates(filesystem, run))):
+    journal = f"{run}/{DIRECTORY}"
+    for directory in (run, journal, *(each.path for each in candidates(filesystem, run))):
         for entry in listed(filesystem, directory):
             if entry.nbytes is None or (entry.modified is not None and entry.modified <= since):
                 continue

@@ -33,7 +33,7 @@ def _written(run: Path, seconds: float) -> None:
 
 
 def _directories(run: Path) -> list[str]:
-    return sorted(path.name for path in run.iterdir() if path.is_dir())
+    return sorted(path.name for path in run.glob("checkpoint_*") if path.is_dir())
 
 
 # --- heal ----------------------------------------------------------------------------------
@@ -109,9 +109,14 @@ def test_sweeping_says_what_it_would_remove_and_then_removes_it(digits: Path) ->
     assert "nothing to sweep" in told("sweep", digits)
 
 
-@pytest.mark.parametrize("part", [SNAPSHOT, f"{CUT_OFF}/shard-00000-of-00002.safetensors"])
+JOURNAL = "events/1700000000000-5d8e3f-0.jsonl"
+
+
+@pytest.mark.parametrize("part", [SNAPSHOT, f"{CUT_OFF}/shard-00000-of-00002.safetensors", JOURNAL])
 def test_a_run_that_may_be_going_is_left_alone(digits: Path, part: str) -> None:
     """Ray writes its record before it deletes a checkpoint, and a save its files."""
+    (digits / JOURNAL).parent.mkdir()
+    (digits / JOURNAL).touch()
     _written(digits, 7200)
     os.utime(digits / part)
     before = _content(digits)
