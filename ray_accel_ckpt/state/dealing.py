@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
@@ -67,9 +68,18 @@ class Dealer:
         first = begin + self.rank * each + min(self.rank, rest)
         return first, first + each + (self.rank < rest)
 
+    def deal(self, order: Any, begin: int, end: int) -> list[Any]:
+        """This rank's units of the global batch [begin, end) of `order`."""
+        first, last = self.mine(begin, end)
+        return as_list(order[first:last])
+
     def padded(self, begin: int, end: int) -> bool:
         """Nothing is left for this rank: what it is handed is a copy and must not count."""
         return self.rank >= end - begin
+
+    def copies(self, begin: int, end: int) -> int:
+        """Workers that are handed a copy which must not count."""
+        return max(0, self.world_size - (end - begin))
 
     def weight(self, begin: int, end: int) -> float:
         """What this rank's mean loss is multiplied by, before the mean over all ranks."""
@@ -115,6 +125,11 @@ class GlobalDealer(Dealer):
 
     def weight(self, begin: int, end: int) -> float:
         return self._share(begin, end)
+
+
+def as_list(items: Any) -> list[Any]:
+    """Plain units: an order, or a stretch of one, may be a tensor or a range."""
+    return items.tolist() if isinstance(items, torch.Tensor) else list(items)
 
 
 def own_batch_sampler(loader: DataLoader[Any]) -> bool:

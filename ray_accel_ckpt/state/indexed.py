@@ -29,6 +29,7 @@ class IndexedSource:
         name: of the loader, for messages.
         global_batch_size: samples of one batch over all workers, or None: as
             many as the loader's own batch size gives to so many workers.
+        dealer: deals the order out instead, for so many workers.
 
     Raises:
         ConfigurationError: the dataset has fewer samples than there are workers.
@@ -44,13 +45,14 @@ class IndexedSource:
         name: str,
         rank: int,
         world_size: int,
-        global_batch_size: int | None,
+        global_batch_size: int | None = None,
+        dealer: Dealer | None = None,
     ) -> None:
         self._loader = loader
         self._name = name
         self._order = order_of(loader)
-        self._unit = "batch" if own_batch_sampler(loader) else "sample"
-        self._dealer = _dealer_of(loader, rank, world_size, global_batch_size)
+        self.unit = "batch" if own_batch_sampler(loader) else "sample"
+        self._dealer = dealer or _dealer_of(loader, rank, world_size, global_batch_size)
         self._inner: DataLoader[Any] | None = None
         self._told_of_padding = False
         if self.units is not None and self.units < world_size:
@@ -65,6 +67,10 @@ class IndexedSource:
 
     def length(self, cursor: Cursor) -> int:
         return self._dealer.length(self._order.count(cursor.seed, cursor.epoch))
+
+    def left(self, cursor: Cursor) -> int:
+        """Units of the cursor's pass that are still to come."""
+        return self._order.count(cursor.seed, cursor.epoch) - cursor.consumed
 
     def position(self, cursor: Cursor, num_batches: int) -> int:
         units = len(self._order.draw(cursor.seed, cursor.epoch))
@@ -82,7 +88,7 @@ class IndexedSource:
         generator.manual_seed(derived_seed(cursor.seed, cursor.epoch, "workers"))
         cuts = self._dealer.cuts(len(order), cursor.consumed)
         for batch, (begin, end) in zip(self._inner, cuts, strict=True):
-            self._tell_of_padding(end - begin)
+            self._tell_of_padding(begin, end)
             yield Served(
                 batch=batch,
                 consumed=end,
@@ -93,15 +99,15 @@ class IndexedSource:
     def state(self, position: Mapping[str, Any]) -> dict[str, Any]:
         del position
         sampler = {"sampler": self._order.state()} if self._order.stateful else {}
-        return {"unit": self._unit, **sampler}
+        return {"unit": self.unit, **sampler}
 
     def compare(self, saved: Mapping[str, Json], differences: Differences) -> None:
         if "rows" in saved or "loader_workers" in saved:
             differences.differing.append(f"{self._name} (checkpoint: iterable, dataset: by index)")
-        elif saved.get("unit", self._unit) != self._unit:
+        elif saved.get("unit", self.unit) != self.unit:
             differences.differing.append(
                 f"{self._name} (checkpoint: counted in units of a {saved['unit']}, "
-                f"loader: of a {self._unit})"
+                f"loader: of a {self.unit})"
             )
         elif saved.get("units") != self.units:
             differences.differing.append(
@@ -113,7 +119,7 @@ class IndexedSource:
             )
 
     def understands(self, state: Mapping[str, Any]) -> bool:
-        known = state.get("unit", self._unit) == self._unit
+        known = state.get("unit", self.unit) == self.unit
         return known and ("sampler" not in state or self._order.understands(state["sampler"]))
 
     def apply(self, state: Mapping[str, Any]) -> None:
@@ -136,19 +142,19 @@ class IndexedSource:
         """Nothing has to be dealt anew: a position in the order means the same to all."""
         return saved[0]
 
-    def _tell_of_padding(self, left: int) -> None:
-        workers = self._dealer.world_size
-        if left < workers and not self._told_of_padding and self._dealer.rank == 0:
+    def _tell_of_padding(self, begin: int, end: int) -> None:
+        copies = self._dealer.copies(begin, end)
+        if copies and not self._told_of_padding and self._dealer.rank == 0:
             self._told_of_padding = True
             logger.warning(
                 "loader %r: %d %ss are left for %d workers, so %d of them are handed a copy "
                 "of one that another has; its loss counts nothing "
                 "(backward() and loss_weight see to that)",
                 self._name,
-                left,
-                self._unit,
-                workers,
-                workers - left,
+                end - begin,
+                self.unit,
+                self._dealer.world_size,
+                copies,
             )
 
     def _tell_of_listing(self, indices: int) -> None:
@@ -182,9 +188,7 @@ class _Plan:
         if self._dealer is None:
             return
         for cut in self._dealer.cuts(len(self._order), self._start):
-            begin, end = self._dealer.mine(*cut)
-            items = self._order[begin:end]
-            items = items.tolist() if isinstance(items, torch.Tensor) else items
+            items = self._dealer.deal(self._order, *cut)
             if self._nested:
                 items = [index for item in items for index in item]
             keys = [(self._epoch, index) for index in items]

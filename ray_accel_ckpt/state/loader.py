@@ -50,6 +50,7 @@ class PreparedLoader:
         device: where batches go.
         global_batch_size: samples of a batch over all workers. None: each
             worker keeps the loader's own batch size.
+        source: where batches come from. None: what the loader's data calls for.
 
     Attributes:
         loss_weight: what the loss of the latest batch counts in the mean over ranks.
@@ -72,6 +73,7 @@ class PreparedLoader:
         world_size: int,
         device: torch.device,
         global_batch_size: int | None = None,
+        source: Source | None = None,
     ) -> None:
         self.name = name
         self.cursor = Cursor(seed=seed)
@@ -81,7 +83,9 @@ class PreparedLoader:
         self._device = device
         self._world_size = world_size
         self._source: Source
-        if not isinstance(loader, DataLoader):
+        if source is not None:
+            self._source = source
+        elif not isinstance(loader, DataLoader):
             self._source = RowSource(loader, name=name, world_size=world_size)
         elif isinstance(loader.dataset, IterableDataset):
             self._source = StreamSource(loader, name=name, rank=rank, world_size=world_size)
