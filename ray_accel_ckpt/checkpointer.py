@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -16,6 +16,7 @@ from ray_accel_ckpt.image.staging import SlotPool
 from ray_accel_ckpt.memory import MemoryTier
 from ray_accel_ckpt.policy import SavePolicy, TimePolicy, require_policy
 from ray_accel_ckpt.project import ProjectConfiguration
+from ray_accel_ckpt.runtime.adopt import adopt, require_accelerator
 from ray_accel_ckpt.runtime.chronicle import Chronicle
 from ray_accel_ckpt.runtime.exchange import exchange_for
 from ray_accel_ckpt.runtime.heartbeat import Heartbeat
@@ -157,6 +158,39 @@ class Checkpointer:
             watch=self._watch,
             overlap=overlap,
         )
+
+    @classmethod
+    def from_accelerator(cls, accelerator: Any, **options: Any) -> Self:
+        """A checkpointer of everything that an `accelerate.Accelerator` holds.
+
+        Its prepared models, optimizers, schedulers and loaders, its scaler, its registered
+        objects and hooks become part of the state where they are: the loop keeps its
+        variables, and all of `accelerator` goes on working but for `save_state`, `load_state`
+        and `skip_first_batches`, which say what to use instead. Loaders go on at their
+        batch after `load_state`. Collective when there are peers.
+
+        To be called after the last ``accelerator.prepare`` and
+        ``accelerator.register_for_checkpointing``. What comes later is found at the
+        next load or save, which is refused then.
+
+        Args:
+            accelerator: one whose models are plain, under DDP, or sharded by FSDP2.
+            options: as `Checkpointer` takes them, but for `scaler` and `ddp_kwargs`.
+
+        Raises:
+            ConfigurationError: an object that cannot be adopted; nothing was prepared yet;
+                the accelerator knows of other peers than there are; options that cannot work.
+        """
+        require_accelerator(accelerator, options)
+        ckpt = cls(scaler=accelerator.scaler, **options)
+        adopt(
+            accelerator,
+            bundle=ckpt._bundle,
+            session=ckpt._session,
+            preparer=ckpt._preparer,
+            hooks=ckpt._hooks,
+        )
+        return ckpt
 
     # --- where the loop stands ---------------------------------------------------------
 

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
@@ -82,6 +83,23 @@ class Preparer:
     def device(self) -> torch.device:
         return training_device()
 
+    def adopt_model(self, model: nn.Module) -> None:
+        """Make a model that somebody else has prepared part of the bundle, as it is."""
+        # Of two numbers the order of adding does not matter.
+        if isinstance(model, DistributedDataParallel) and self._session.group.world_size > 2:
+            pin(model)
+        model.register_forward_pre_hook(self.window)
+        self._bundle.add_model(model)
+
+    def adopt_optimizer(self, optimizer: Optimizer) -> None:
+        """As `adopt_model`, for the torch optimizer that somebody else steps.
+
+        Raises:
+            ConfigurationError: it keeps its state on other workers.
+        """
+        prepare_optimizer(optimizer, None, self.window.closer())
+        self._bundle.add_optimizer(optimizer)
+
     def prepare(
         self,
         obj: Any,
@@ -148,13 +166,32 @@ class PinnedDDP(DistributedDataParallel):
 
     def __init__(self, module: nn.Module, **kwargs: Any) -> None:
         super().__init__(module, **kwargs)
-        self.reducer._push_all_rebuilt_params()
-        self.reducer._rebuild_buckets()
+        _rebuild_buckets(self)
 
     def _build_params_for_reducer(self) -> tuple[list[nn.Parameter], list[bool]]:
         # Rebuilding lays buckets out in the order of this list.
         parameters, sparse = super()._build_params_for_reducer()  # type: ignore[no-untyped-call]
         return parameters[::-1], sparse[::-1]
+
+
+def pin(model: DistributedDataParallel) -> None:
+    """Give a model that is wrapped already, and not trained yet, buckets as `PinnedDDP` has."""
+    if isinstance(model, PinnedDDP):
+        return
+    parameters, sparse = model._build_params_for_reducer()  # type: ignore[no-untyped-call]
+    parameters, sparse = parameters[::-1], sparse[::-1]
+    names = model._build_debug_param_to_name_mapping(parameters)  # type: ignore[no-untyped-call]
+    # The old one first: its hooks on the parameters go with it.
+    del model.reducer, model.logger
+    model._ddp_init_helper(parameters, sparse, names, model.static_graph)  # type: ignore[no-untyped-call]
+    for hook, state in model._comm_hooks:
+        dist._register_comm_hook(model.reducer, state, hook)  # type: ignore[attr-defined]
+    _rebuild_buckets(model)
+
+
+def _rebuild_buckets(model: DistributedDataParallel) -> None:
+    model.reducer._push_all_rebuilt_params()
+    model.reducer._rebuild_buckets()
 
 
 def prepare_model(
