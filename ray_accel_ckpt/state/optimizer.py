@@ -53,8 +53,12 @@ class OptimizerPart:
         self._own = own
 
     def capture(self) -> Captured:
+        captured = self.named(self.optimizer.state_dict())
+        return replace(captured, scopes={**captured.scopes, **self._scopes(captured)})
+
+    def named(self, live: Mapping[str, Any]) -> Captured:
+        """What `state_dict()` of an optimizer of these parameters returned, by their names."""
         names = self._names()
-        live = self.optimizer.state_dict()
         tree = {
             "state": {
                 names[key] if isinstance(key, int) else key: value
@@ -68,8 +72,7 @@ class OptimizerPart:
         extra = {k: v for k, v in live.items() if k not in ("state", "param_groups")}
         if extra:
             tree["extra"] = extra
-        captured = captured_tree(tree, name=self.name, kind=self.kind, scope=Scope.REPLICATED)
-        return replace(captured, scopes={**captured.scopes, **self._scopes(captured)})
+        return captured_tree(tree, name=self.name, kind=self.kind, scope=Scope.REPLICATED)
 
     def _scopes(self, captured: Captured) -> dict[str, Scope]:
         """What is not replicated in an optimizer of sharded parameters.

@@ -10,20 +10,17 @@ from typing import Any
 import torch
 
 from ray_accel_ckpt.errors import ConfigurationError, UnsupportedStateError
-from ray_accel_ckpt.image import partition, shard
-from ray_accel_ckpt.image.image import Image, SaveInfo, parts_of
-from ray_accel_ckpt.image.staging import Slot
 from ray_accel_ckpt.integrations.dcp.layout import from_dcp_shape, models_of, to_dcp_shape
 from ray_accel_ckpt.integrations.dcp.transfer import fetched, sent
 from ray_accel_ckpt.integrations.dcp.whole import read_whole, write_whole
+from ray_accel_ckpt.integrations.making import write_checkpoint
 from ray_accel_ckpt.state.model import ModelPart
 from ray_accel_ckpt.state.optimizer import OptimizerPart
 from ray_accel_ckpt.state.part import Captured, SavedPart, Scope, captured_tree
 from ray_accel_ckpt.state.tree import tensor_refs, unflatten
 from ray_accel_ckpt.storage.filesystem import resolve
 from ray_accel_ckpt.storage.opened import StoredTensors, open_stored, part_of, shared_parts
-from ray_accel_ckpt.storage.writer import refuse_other_checkpoint, write_image
-from ray_accel_ckpt.version import __version__
+from ray_accel_ckpt.storage.writer import refuse_other_checkpoint
 
 _TIMEOUT = 600.0
 _OBJECT = "object"
@@ -77,24 +74,7 @@ def from_dcp(
     with fetched(source, timeout=_TIMEOUT) as local:
         tree = read_whole(local)
     captured = _captured(tree, model=model, optimizer=optimizer, where=os.fspath(source))
-    specs = partition.specs_of(captured, rank=0, world_size=1)
-    layout = shard.plan(partition.share(specs, rank=0))
-    tensors = {name: t for part in captured.values() for name, t in part.tensors.items()}
-    info = SaveInfo(
-        run="",
-        attempt=attempt,
-        step=0,
-        epoch=0,
-        rank=0,
-        world_size=1,
-        plan=partition.plan_digest(specs, world_size=1),
-        library=__version__,
-    )
-    slot = Slot()
-    data = slot.fill(layout, tensors)
-    parts = parts_of(captured, rank=0)
-    image = Image(info=info, layout=layout, data=data, parts=parts, wait=slot.copies.wait)
-    write_image(filesystem, directory, image, timeout=_TIMEOUT)
+    write_checkpoint(filesystem, directory, [captured], attempt=attempt, timeout=_TIMEOUT)
     return directory
 
 
