@@ -22,6 +22,7 @@ class To(StrEnum):
     SAFETENSORS = "safetensors"
     TORCH = "torch"
     DCP = "dcp"
+    ACCELERATE = "accelerate"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,10 +59,23 @@ def _dcp(checkpoint: str, out: str, parts: tuple[str, ...] | None) -> tuple[str,
     return (to_dcp(checkpoint, out, parts=parts),)
 
 
+def _accelerate(checkpoint: str, out: str, parts: tuple[str, ...] | None) -> tuple[str, ...]:
+    from ray_accel_ckpt.integrations.accelerate import to_accelerate
+
+    if parts is not None:
+        raise ConfigurationError(
+            "Accelerate loads all of a folder",
+            where="--part",
+            remedy="leave it out",
+        )
+    return (to_accelerate(checkpoint, out),)
+
+
 _WRITERS: dict[To, Callable[[str, str, tuple[str, ...] | None], tuple[str, ...]]] = {
     To.SAFETENSORS: _safetensors,
     To.TORCH: _torch,
     To.DCP: _dcp,
+    To.ACCELERATE: _accelerate,
 }
 
 
@@ -80,7 +94,8 @@ def export(
             "--to",
             help="safetensors: the weights of one part, as transformers and others load them. "
             "torch: one file of state dicts for torch.load(weights_only=True). "
-            "dcp: a checkpoint of torch.distributed.checkpoint.",
+            "dcp: a checkpoint of torch.distributed.checkpoint. "
+            "accelerate: a folder for Accelerator.load_state, on this machine.",
         ),
     ],
     part: Annotated[

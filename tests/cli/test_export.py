@@ -10,6 +10,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
+from ray_accel_ckpt.cli.export import To
 from tests.cli import runs
 from tests.cli.commands import document, refused, run, told
 from tests.helpers_image import flip
@@ -53,7 +54,18 @@ def test_to_dcp(checkpoint: Path, tmp_path: Path, weights: dict[str, torch.Tenso
     assert _same(state["model"], weights)
 
 
-@pytest.mark.parametrize("to", ["safetensors", "torch", "dcp"])
+def test_to_accelerate(checkpoint: Path, tmp_path: Path, weights: dict[str, torch.Tensor]) -> None:
+    out = tmp_path / "out"
+    found = document("export", checkpoint, out, "--to", "accelerate")
+    assert found == {"to": "accelerate", "written": [str(out)]}
+    read = load_file(out / "model.safetensors")
+    assert _same({name: read[name] for name in weights}, weights)
+    assert "loads all of a folder" in refused(
+        "export", checkpoint, tmp_path / "part", "--to", "accelerate", "--part", "model"
+    )
+
+
+@pytest.mark.parametrize("to", To)
 def test_nothing_is_overwritten(checkpoint: Path, tmp_path: Path, to: str) -> None:
     out = tmp_path / "out"
     told("export", checkpoint, out, "--to", to)
@@ -83,10 +95,11 @@ def test_what_cannot_be_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     )
     assert not out.exists()
     assert run("export", checkpoint, out).exit_code == 2
-    assert "'safetensors', 'torch', 'dcp'" in run("export", checkpoint, out, "--to", "x").stderr
+    known = ", ".join(f"'{to}'" for to in To)
+    assert known in run("export", checkpoint, out, "--to", "x").stderr
 
 
-@pytest.mark.parametrize("to", ["safetensors", "torch", "dcp"])
+@pytest.mark.parametrize("to", To)
 def test_damage_makes_no_model(checkpoint: Path, tmp_path: Path, to: str) -> None:
     flip(checkpoint, "model/0.weight")
     out = tmp_path / "out"
