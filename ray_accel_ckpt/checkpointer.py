@@ -327,6 +327,17 @@ class Checkpointer:
             self._watch.begin()
             yield self._epoch
             self._epoch += 1
+        self.finish()
+
+    def finish(self) -> None:
+        """Save the end, if saves are on and it is not saved yet, and flush.
+
+        `epochs` calls it. A loop that counts its epochs in another way calls it
+        when it is over, on every rank, so that the latest checkpoint is its result.
+
+        Raises:
+            StorageError: as `flush`.
+        """
         # An epoch of its own, without data: what is saved now belongs to the end.
         self._watch.begin()
         if self._policy is not None and self._saved_at != self._position():
