@@ -27,6 +27,7 @@ def _run(example: str, storage: Path, *more: str) -> str:
         ("accelerate_loop.py", "identical bits: yes"),
         ("elastic_gpt.py", "the same order: yes"),
         ("transformers_trainer.py", "identical bits: yes"),
+        ("lightning_module.py", "identical bits: yes"),
         ("tune_pbt.py", "weights as they were saved, each time: yes"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The code of docs/transformers.md runs; the assertions are its own."""
+"""The code of docs/transformers.md and docs/lightning.md runs; the assertions are theirs."""
 
 from __future__ import annotations
 
@@ -12,10 +12,15 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning"),
+    # Lightning's own, about how small everything is here.
+    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
+    pytest.mark.filterwarnings("ignore:.*smaller than the logging interval.*"),
+    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
 ]
 
 
-@pytest.mark.parametrize(("page", "count"), [("transformers.md", 4)])
+@pytest.mark.parametrize(("page", "count"), [("transformers.md", 4), ("lightning.md", 2)])
 def test_the_code_of_a_page_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, page: str, count: int
 ) -> None:

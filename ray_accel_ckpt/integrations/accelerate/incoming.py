@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,16 +18,14 @@ from ray_accel_ckpt.errors import (
 )
 from ray_accel_ckpt.integrations.accelerate import streams
 from ray_accel_ckpt.integrations.accelerate.folder import Folder
-from ray_accel_ckpt.integrations.making import write_checkpoint
+from ray_accel_ckpt.integrations.making import NewCheckpoint
 from ray_accel_ckpt.state.model import ModelPart, unwrap
 from ray_accel_ckpt.state.optimizer import OptimizerPart
 from ray_accel_ckpt.state.part import Captured, Scope, captured_tree
 from ray_accel_ckpt.state.parts import RngPart
 from ray_accel_ckpt.state.tree import same_view
 from ray_accel_ckpt.storage.filesystem import resolve
-from ray_accel_ckpt.storage.writer import refuse_other_checkpoint
 
-_TIMEOUT = 600.0
 _COMPILED = "_orig_mod."
 """What stands before the names of a model that was compiled before it was prepared."""
 
@@ -81,8 +78,7 @@ def from_accelerate(
         StorageError: what storage refused.
     """
     filesystem, directory = resolve(output_dir)
-    attempt = secrets.token_hex(6)
-    refuse_other_checkpoint(filesystem, directory, attempt=attempt, step=0, timeout=_TIMEOUT)
+    checkpoint = NewCheckpoint(filesystem, directory)
     folder = Folder(path=Path(input_dir), unpickle=unpickle)
     shared = {
         **_models(folder, models),
@@ -90,7 +86,7 @@ def from_accelerate(
         **_others(folder, objects),
     }
     ranks = [{**shared, **own} for own in _streams(folder)]
-    write_checkpoint(filesystem, directory, ranks, attempt=attempt, timeout=_TIMEOUT)
+    checkpoint.write(*ranks)
     return directory
 
 

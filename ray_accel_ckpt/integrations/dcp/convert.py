@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
 from typing import Any
 
 import torch
@@ -13,14 +12,13 @@ from ray_accel_ckpt.errors import ConfigurationError, UnsupportedStateError
 from ray_accel_ckpt.integrations.dcp.layout import from_dcp_shape, models_of, to_dcp_shape
 from ray_accel_ckpt.integrations.dcp.transfer import fetched, sent
 from ray_accel_ckpt.integrations.dcp.whole import read_whole, write_whole
-from ray_accel_ckpt.integrations.making import write_checkpoint
+from ray_accel_ckpt.integrations.making import NewCheckpoint
 from ray_accel_ckpt.state.model import ModelPart
 from ray_accel_ckpt.state.optimizer import OptimizerPart
 from ray_accel_ckpt.state.part import Captured, SavedPart, Scope, captured_tree
 from ray_accel_ckpt.state.tree import tensor_refs, unflatten
 from ray_accel_ckpt.storage.filesystem import resolve
 from ray_accel_ckpt.storage.opened import StoredTensors, open_stored, part_of, shared_parts
-from ray_accel_ckpt.storage.writer import refuse_other_checkpoint
 
 _TIMEOUT = 600.0
 _OBJECT = "object"
@@ -69,12 +67,11 @@ def from_dcp(
         StorageError: what storage refused.
     """
     filesystem, directory = resolve(output_dir)
-    attempt = secrets.token_hex(6)
-    refuse_other_checkpoint(filesystem, directory, attempt=attempt, step=0, timeout=_TIMEOUT)
+    checkpoint = NewCheckpoint(filesystem, directory)
     with fetched(source, timeout=_TIMEOUT) as local:
         tree = read_whole(local)
     captured = _captured(tree, model=model, optimizer=optimizer, where=os.fspath(source))
-    write_checkpoint(filesystem, directory, [captured], attempt=attempt, timeout=_TIMEOUT)
+    checkpoint.write(captured)
     return directory
 
 
