@@ -488,10 +488,10 @@ class Checkpointer:
         if input_dir is None:
             self._begin_life(filesystem, path, restored, registered.latest)
             self._chronicle.begin(restored, seconds=time.perf_counter() - begin)
-        elif restored is not None:
-            self._chronicle.loaded(restored, seconds=time.perf_counter() - begin)
             # For an end that is saved without a step: without a score Ray may rank it best.
             self._last_metrics = self._last_metrics or registered.metrics
+        elif restored is not None:
+            self._chronicle.loaded(restored, seconds=time.perf_counter() - begin)
         if restored is not None and only is None:
             self._resumer.settle(restored, filesystem)
             self._resumed(restored.path, registered.latest)

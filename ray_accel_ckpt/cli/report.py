@@ -81,7 +81,8 @@ def _written(history: History, run: str, html: Path | None, png: Path | None) ->
     if html is not None:
         from ray_accel_ckpt.report.page import page
 
-        html.write_text(page(history, run=run))
+        # Paths may hold what no text encodes.
+        html.write_text(page(history, run=run), encoding="utf-8", errors="backslashreplace")
         yield str(html)
     if png is not None:
         from ray_accel_ckpt.report import figure

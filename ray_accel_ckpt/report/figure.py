@@ -64,27 +64,31 @@ def durations(history: History) -> Figure:
     scale, unit = _unit(history.known - history.begun)
     saves = history.saves
     at = [(save.at - history.begun) / scale for save in saves]
-    axes.plot(at, [s.blocked for s in saves], ".", color=NEW, ms=7, label="save: training waited")
+    waited = [save.blocked for save in saves]
     durable = [(t, s.durable) for t, s in zip(at, saves, strict=True) if s.durable is not None]
+    whole = [seconds for _, seconds in durable]
+    restores = [a for a in history.attempts if a.resumed_from is not None]
+    restored = [attempt.restoring for attempt in restores]
+    axes.plot(at, waited, ".", color=NEW, ms=7, label="save: training waited")
     axes.plot(
         [t for t, _ in durable],
-        [seconds for _, seconds in durable],
+        whole,
         "o",
         mfc="none",
         color=SAVED,
         ms=6,
         label="save: durable after",
     )
-    restores = [a for a in history.attempts if a.resumed_from is not None]
     axes.plot(
-        [(a.begun - history.begun) / scale for a in restores],
-        [a.restoring for a in restores],
+        [(attempt.begun - history.begun) / scale for attempt in restores],
+        restored,
         "D",
         color=AGAIN,
         ms=6,
         label="restore",
     )
-    axes.set_yscale("log")
+    if max([*waited, *whole, *restored], default=0.0) > 0:
+        axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("")
     axes.set_xlim(0, max((history.known - history.begun) / scale, 1e-9))

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
+import re
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ray_accel_ckpt.errors import ConfigurationError
-from ray_accel_ckpt.storage.journal import Event
+from ray_accel_ckpt.storage.journal import REACHED, Event
 
 CONTROLLER = "controller"
+
+# Texts of a journal come onto terminals.
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +48,7 @@ class Attempt:
         writer: its six hex digits.
         begun: when it could train, its state restored; seconds since the epoch.
         restoring: seconds that took, before.
+        restoring_later: seconds of states that were loaded once it had begun.
         known: when the last was heard of it.
         resumed_from: a checkpoint's name; None: it began at the beginning.
         tier: "storage" or "memory", or None.
@@ -54,6 +60,7 @@ class Attempt:
     world_size: int
     begun: float
     restoring: float
+    restoring_later: float
     known: float
     resumed_from: str | None
     tier: str | None
@@ -152,7 +159,7 @@ def history_of(events: Iterable[Event], *, where: str) -> History:
             "versions before 0.1 have no journal",
         )
     controller = [event for event in found if event.writer == CONTROLLER]
-    registered = {str(e.fields.get("name")) for e in controller if e.kind == "registered"}
+    registered = {_text(e.fields, "name") for e in controller if e.kind == "registered"}
     attempts = []
     for n, start in enumerate(started):
         own = [event for event in found if event.writer == start.writer]
@@ -175,21 +182,22 @@ def _attempt(
     start: Event,
     own: Sequence[Event],
     failures: Sequence[Event],
-    registered: set[str],
+    registered: set[str | None],
     *,
     last: bool,
 ) -> Attempt:
-    resumed = next((event for event in own if event.kind == "resumed"), None)
-    of_resumed = {} if resumed is None else resumed.fields
-    known = max(event.at for event in own)
+    resumed = [event.fields for event in own if event.kind == "resumed"]
+    begins = next((fields for fields in resumed if fields.get("begins") is True), {})
+    later = [fields for fields in resumed if fields is not begins]
     return Attempt(
         writer=start.writer,
-        world_size=_number(start, "world_size", 1),
+        world_size=_number(start.fields, "world_size") or 1,
         begun=start.at,
-        restoring=float(of_resumed.get("seconds") or 0.0),
-        known=known,
-        resumed_from=of_resumed.get("name"),
-        tier=of_resumed.get("tier"),
+        restoring=_seconds(begins, "seconds") or 0.0,
+        restoring_later=sum(_seconds(fields, "seconds") or 0.0 for fields in later),
+        known=max(event.at for event in own),
+        resumed_from=_text(begins, "name"),
+        tier=_text(begins, "tier"),
         points=_points(start, own),
         saves=_saves(own, registered),
         ending=_ending(own, failures, last=last),
@@ -198,32 +206,31 @@ def _attempt(
 
 def _points(start: Event, own: Sequence[Event]) -> tuple[tuple[float, int], ...]:
     """Steps only grow, but where a loop goes back by itself: those are left out."""
-    points = [(start.at, _number(start, "step", 0))]
+    points = [(start.at, _number(start.fields, "step") or 0)]
     for event in own:
-        step = event.fields.get("step")
-        # A save that became durable, and a checkpoint that was loaded, are of an earlier moment.
-        if event.kind not in ("heartbeat", "save", "notice", "end") or not isinstance(step, int):
+        step = _number(event.fields, "step")
+        if event.kind not in REACHED or step is None:
             continue
         if step >= points[-1][1] and event.at >= points[-1][0]:
             points.append((event.at, step))
     return tuple(points)
 
 
-def _saves(own: Sequence[Event], registered: set[str]) -> tuple[Save, ...]:
-    durable = {event.fields.get("name"): event.fields for event in own if event.kind == "durable"}
+def _saves(own: Sequence[Event], registered: set[str | None]) -> tuple[Save, ...]:
+    durable = {_text(e.fields, "name"): e.fields for e in own if e.kind == "durable"}
     saves = []
     for event in own:
         if event.kind == "save":
-            name = str(event.fields.get("name"))
+            name = _text(event.fields, "name") or ""
             whole = durable.get(name, {})
             saves.append(
                 Save(
                     name=name,
-                    step=_number(event, "step", 0),
+                    step=_number(event.fields, "step") or 0,
                     at=event.at,
-                    blocked=float(event.fields.get("blocked") or 0.0),
-                    durable=whole.get("seconds"),
-                    nbytes=whole.get("share_nbytes"),
+                    blocked=_seconds(event.fields, "blocked") or 0.0,
+                    durable=_seconds(whole, "seconds"),
+                    nbytes=_number(whole, "share_nbytes"),
                     registered=name in registered,
                 )
             )
@@ -231,14 +238,16 @@ def _saves(own: Sequence[Event], registered: set[str]) -> tuple[Save, ...]:
 
 
 def _ending(own: Sequence[Event], failures: Sequence[Event], *, last: bool) -> str:
+    if failures:
+        # After its end too: what was saved last may have failed.
+        errors = failures[0].fields.get("errors")
+        known = errors if isinstance(errors, dict) and errors else {"?": "unknown"}
+        rank = next(iter(known))
+        return f"failed: rank {rank}: {_text(known, rank) or 'unknown'}"
     # What was saved last may become durable after training has ended.
     going = [event.kind for event in own if event.kind in ("save", "heartbeat", "end")]
     if going[-1:] == ["end"]:
         return "finished"
-    if failures:
-        errors: dict[str, Any] = dict(failures[0].fields.get("errors") or {})
-        rank, text = next(iter(errors.items()), ("?", "unknown"))
-        return f"failed: rank {rank}: {text}"
     return "" if last else "lost"
 
 
@@ -249,14 +258,18 @@ def _spent(attempts: Sequence[Attempt]) -> Spent:
         began = attempt.begun - attempt.restoring
         down += max(0.0, began - heard) if heard is not None else 0.0
         restoring += attempt.restoring
-        new_from = min(max(attempt.reached(made), attempt.begun), attempt.known)
+        new_from = attempt.begun
+        if made > attempt.first:
+            new_from = min(max(attempt.reached(made), attempt.begun), attempt.known)
         times = [save.at for save in attempt.saves]
         blocked = [save.blocked for save in attempt.saves]
         before = sum(blocked[: bisect_right(times, new_from)])
         after = sum(blocked) - before
         saving += before + after
         again += max(0.0, new_from - attempt.begun - before)
-        training += max(0.0, attempt.known - new_from - after)
+        rest = max(0.0, attempt.known - new_from - after)
+        restoring += min(rest, attempt.restoring_later)
+        training += max(0.0, rest - attempt.restoring_later)
         made, heard = max(made, attempt.last), attempt.known
     return Spent(training=training, again=again, saving=saving, restoring=restoring, down=down)
 
@@ -268,6 +281,22 @@ def _lost(attempts: Sequence[Attempt]) -> Iterable[int]:
         made = max(made, attempt.last)
 
 
-def _number(event: Event, name: str, default: int) -> int:
-    value = event.fields.get(name)
-    return value if isinstance(value, int) else default
+# --- what a journal says is believed as far as it makes sense ----------------------------
+
+
+def _number(fields: Mapping[str, Any], name: str) -> int | None:
+    """A count that a machine could have; None if it is none."""
+    value = fields.get(name)
+    return value if type(value) is int and 0 <= value < 2**63 else None
+
+
+def _seconds(fields: Mapping[str, Any], name: str) -> float | None:
+    value = fields.get(name)
+    if type(value) not in (int, float) or not 0 <= value < 1e11:  # type: ignore[operator]
+        return None
+    return float(value) if math.isfinite(value) else None  # type: ignore[arg-type]
+
+
+def _text(fields: Mapping[str, Any], name: str) -> str | None:
+    value = fields.get(name)
+    return _CONTROL.sub(" ", value) if isinstance(value, str) else None

@@ -17,7 +17,7 @@ from ray_accel_ckpt.runtime.metrics import Metrics
 from ray_accel_ckpt.runtime.restore import Restored
 from ray_accel_ckpt.runtime.session import Session
 from ray_accel_ckpt.storage.filesystem import Filesystem
-from ray_accel_ckpt.storage.journal import Journal, read_events
+from ray_accel_ckpt.storage.journal import REACHED, Journal, read_events
 from ray_accel_ckpt.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -45,33 +45,26 @@ class Chronicle:
         self._told = -1
 
     def begin(self, restored: Restored | None = None, *, seconds: float = 0.0) -> None:
-        """The attempt begins, with what was restored if anything was. Nothing the second time.
+        """The attempt begins, with what was restored if anything was.
+
+        It begins once: what is restored later is told as such.
 
         Args:
             seconds: that restoring took.
         """
         place = self._session.source(None)
-        if self._begun or place is None:
+        if place is None:
             return
-        self._begun = True
-        first = self._session.group.rank == 0
-        before = _last_step(*place) if first else None
-        if first:
-            pulse = weakref.WeakMethod(self._pulse)
-            journal = Journal(
-                *place,
-                writer=self._session.attempt,
-                pulse=lambda: None if (asked := pulse()) is None else asked(),
-            )
-            weakref.finalize(self, journal.close)
-            self._journal = journal
-        self._tell("start", **self._circumstances())
+        before = None
+        if not self._begun and self._session.group.rank == 0:
+            before = _last_step(*place) if restored is not None else None
+            self._open(*place)
+        began, self._begun = self._begun, True
         if restored is not None:
-            self.loaded(restored, seconds=seconds, before=before)
+            self.loaded(restored, seconds=seconds, before=before, begins=not began)
 
     def frozen(self, path: str, *, step: int, epoch: int, blocked: float) -> None:
         """Training goes on, having waited so many seconds for a save of the run."""
-        self.begin()
         self._told = step
         self._metrics.stalled(blocked)
         self._tell(
@@ -120,16 +113,25 @@ class Chronicle:
         if self._journal is not None:
             self._journal.flush(_PATIENCE)
 
-    def loaded(self, restored: Restored, *, seconds: float, before: int | None = None) -> None:
+    def loaded(
+        self,
+        restored: Restored,
+        *,
+        seconds: float,
+        before: int | None = None,
+        begins: bool = False,
+    ) -> None:
         """A state was loaded.
 
         Args:
             seconds: that it took.
             before: the step to which training had come before, if that is known.
+            begins: whether the attempt begins with it.
         """
         tier = "memory" if restored.kept else "storage"
         step = restored.snapshot.step
-        lost = None if before is None else max(0, before - step)
+        # Of a state without counters training begins anew, wherever it was saved.
+        lost = None if before is None else max(0, before - self._step())
         nbytes = sum(shard.nbytes for shard in restored.snapshot.shards.values())
         self._metrics.restored(tier, lost or 0)
         self._tell(
@@ -138,6 +140,7 @@ class Chronicle:
             path=restored.path,
             step=step,
             tier=tier,
+            begins=begins,
             seconds=round(seconds, 4),
             nbytes=nbytes,
             world_size=restored.snapshot.world_size,
@@ -153,6 +156,18 @@ class Chronicle:
                 seconds,
                 f", {lost} steps are made again" if lost else "",
             )
+
+    def _open(self, filesystem: Filesystem, directory: str) -> None:
+        pulse = weakref.WeakMethod(self._pulse)
+        self._journal = Journal(
+            lambda: (filesystem, directory),
+            writer=self._session.attempt,
+            pulse=lambda: None if (asked := pulse()) is None else asked(),
+        )
+        # At exit the journal itself waits for what is not written yet.
+        weakref.finalize(self, self._journal.close).atexit = False
+        self._told = self._step()
+        self._tell("start", **self._circumstances())
 
     def _tell(self, kind: str, **fields: Any) -> None:
         if self._journal is not None:
@@ -182,11 +197,11 @@ def _last_step(filesystem: Filesystem, directory: str) -> int | None:
     """How far the attempt before this one is known to have come."""
     try:
         events = read_events(filesystem, directory, latest=True)
-    except StorageError as e:
+    except (StorageError, OSError) as e:
         logger.warning("how many steps are made again is not known: %s", e)
         return None
-    steps = [step for event in events if isinstance(step := event.fields.get("step"), int)]
-    return max(steps, default=None)
+    told = [event.fields.get("step") for event in events if event.kind in REACHED]
+    return max((step for step in told if type(step) is int and 0 <= step < 2**63), default=None)
 
 
 def _name(path: str) -> str:

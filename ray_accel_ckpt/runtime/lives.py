@@ -32,7 +32,7 @@ class Lives:
         now = time.time()
         try:
             before = [at for at in begun(filesystem, run) if at < now]
-        except StorageError as e:
+        except (StorageError, OSError) as e:
             logger.warning("how often this run is restarted will not be known: %s", e)
             return
         self._begun = [*before, now]

@@ -1,7 +1,7 @@
 """Sweeping a run from outside, which may be going without our knowing it.
 
-Whoever trains writes: shards and manifests, each ten seconds its journal, and, before it
-deletes anything, Ray its record. So a run to which nothing has been written for some
+Whoever trains writes: shards and manifests, its journal while it makes steps, and, before
+it deletes anything, Ray its record. So a run to which nothing has been written for some
 time is not going, or will do nothing to a checkpoint at this moment.
 """
 

@@ -1,11 +1,12 @@
 """Which snapshot to resume from, agreed by all ranks, and how its bytes reach the state.
 
-A save run backwards. Each rank reads into a staging slot and proves what is its
-to read: what it alone needs (its rows of sharded tensors, its own streams), and
-of what all need whole its share, so that those bytes are read once by the group,
-unless each is to read for itself (`broadcast`). All ranks tell each other whether
-theirs is good; and only then are slices dealt out into live tensors. Nothing is half
-applied, and no rank needs more host memory than its slot and one chunk.
+A save run backwards. Each rank reads into a staging slot, and what nothing holds yet
+to where it stays, and proves what is its to read: what it alone needs (its rows of
+sharded tensors, its own streams), and of what all need whole its share, so that those
+bytes are read once by the group, unless each is to read for itself (`broadcast`). All
+ranks tell each other whether theirs is good; and only then are slices dealt out into
+live tensors. Nothing is half applied, and no rank needs more host memory than its slot
+and one chunk.
 """
 
 from __future__ import annotations

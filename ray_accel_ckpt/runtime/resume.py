@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ray_accel_ckpt.image.reader import Snapshot
-from ray_accel_ckpt.image.staging import SlotPool
+from ray_accel_ckpt.image.staging import Slot, SlotPool
 from ray_accel_ckpt.runtime.elastic import dealt_anew, gradients_left_out
 from ray_accel_ckpt.runtime.prepare import Preparer
 from ray_accel_ckpt.runtime.restore import Restored, Restorer
@@ -51,7 +51,8 @@ class Resumer:
         Args:
             only: names of parts; None for all.
         """
-        slot = self.slots.acquire()
+        # Alone, a worker needs more than its share: that is no slot for saves.
+        slot = self.slots.acquire() if self.broadcast else Slot()
         try:
             yield Restorer(
                 filesystem=filesystem,
@@ -62,7 +63,8 @@ class Resumer:
                 decide=lambda snapshot: self._plan(snapshot, only, strict),
             )
         finally:
-            self.slots.release(slot)
+            if self.broadcast:
+                self.slots.release(slot)
 
     def settle(self, restored: Restored, filesystem: Filesystem) -> None:
         """After all of a state was loaded: what follows from it for what was not in it.

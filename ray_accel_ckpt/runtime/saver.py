@@ -55,6 +55,7 @@ class Saver:
             moment = self._moment(sink.path, step=step, epoch=epoch)
             sink.save(moment, self._slots, metrics=metrics, durable=lambda nbytes: None)
             return
+        self._chronicle.begin()
         begin = time.perf_counter()
         with self._heartbeat.saving() as measured:
 

@@ -7,12 +7,14 @@ import logging
 import threading
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
 
 from ray_accel_ckpt import Checkpointer, EverySteps
+from ray_accel_ckpt.runtime.ray_run import Registered
 from ray_accel_ckpt.storage.filesystem import LocalFilesystem
 from ray_accel_ckpt.storage.journal import Event, read_events
 from tests.pure.helpers import checkpoints, project
@@ -109,3 +111,59 @@ def test_the_thread_goes_with_the_checkpointer(tmp_path: Path) -> None:
     gc.collect()
     mine.join(60)
     assert not mine.is_alive()
+
+
+def test_a_second_load_is_told_and_does_not_begin_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = _attempt(tmp_path, until=2)
+    caplog.set_level(logging.INFO)
+    assert first.load_state()
+    first._chronicle.end()
+    assert len([line for line in caplog.messages if line.startswith("resumed from ")]) == 1
+    events = _events(tmp_path)
+    assert len(_of(events, "start")) == 1
+    (resumed,) = _of(events, "resumed")
+    assert resumed["begins"] is False
+
+
+def test_a_run_that_never_loads_begins_before_its_first_save(tmp_path: Path) -> None:
+    ckpt = Checkpointer(save=EverySteps(1), project_config=project(tmp_path))
+    ckpt.step()
+    ckpt.flush()
+    ckpt._chronicle.end()
+    kinds = [event.kind for event in _events(tmp_path)]
+    assert kinds[0] == "start"
+    assert sorted(kinds[1:]) == ["durable", "end", "save"]
+
+
+def test_of_a_state_without_counters_all_steps_are_lost(tmp_path: Path) -> None:
+    _attempt(tmp_path, until=4)
+    again = Checkpointer(save=EverySteps(2), project_config=project(tmp_path))
+    again.prepare(nn.Linear(3, 3))
+    assert again.load_state(parts=("model",))
+    again._chronicle.end()
+    (resumed,) = _of(_events(tmp_path), "resumed")
+    assert resumed["lost"] == 4
+
+
+def test_what_others_wrote_into_the_journal_stops_no_restart(tmp_path: Path) -> None:
+    _attempt(tmp_path, until=2)
+    events = tmp_path / "checkpoints" / "events"
+    steps = ("1" + "0" * 400, "true", "-1", '"x"', "1e300")
+    lines = [f'{{"at": 5, "event": "heartbeat", "step": {step}}}\n' for step in steps]
+    (events / "999999999999999-ffffff-0.jsonl").write_text("".join(lines))
+    _attempt(tmp_path, until=4)
+    (resumed,) = _of(_events(tmp_path), "resumed")
+    assert resumed["lost"] is None
+
+
+def test_the_runs_latest_metrics_go_on_with_it(tmp_path: Path) -> None:
+    """An end that is saved without a step has them too; a checkpoint by hand is none of the run."""
+    ckpt = _attempt(tmp_path, until=2)
+    latest = Registered(metrics={"loss": 1.0})
+    with mock.patch.object(ckpt._session, "registered", return_value=latest):
+        ckpt.load_state(tmp_path / "checkpoints" / checkpoints(tmp_path)[0])
+        assert ckpt._last_metrics is None
+        ckpt.load_state()
+        assert ckpt._last_metrics == {"loss": 1.0}

@@ -67,6 +67,6 @@ def test_the_walk_of_the_readme(
     page = (tmp_path / "report.html").read_text()
     assert "failed: rank" in page
     weights = load_file(tmp_path / "weights" / "model.safetensors")
-    (last,) = sorted((tmp_path / "runs" / "digits").glob("checkpoint_*"))[-1:]
+    (last,) = sorted((tmp_path / "runs" / "digits").glob("checkpoint_0*"))[-1:]
     saved = open_checkpoint(last).state_dict("model")
     assert all(torch.equal(weights[name], tensor) for name, tensor in saved.items())

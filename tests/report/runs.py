@@ -31,7 +31,8 @@ def attempt(
     found = [event(at, "start", writer, step=first, world_size=4, policy="EverySteps(steps=50)")]
     if tier is not None:
         name = f"checkpoint_{first:08d}_000000"
-        found.append(event(at, "resumed", writer, name=name, step=first, tier=tier, seconds=2.0))
+        resumed = {"name": name, "step": first, "tier": tier, "begins": True, "seconds": 2.0}
+        found.append(event(at, "resumed", writer, **resumed))
     for step in range(first + 10, last + 1, 10):
         now = at + (step - first) * STEP
         found.append(event(now, "heartbeat", writer, step=step))

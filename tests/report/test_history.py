@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import re
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ray_accel_ckpt import errors
 from ray_accel_ckpt.report.history import History, history_of
+from ray_accel_ckpt.report.page import duration
+from ray_accel_ckpt.storage.journal import Event
 from tests.report.runs import BEGAN, STEP, attempt, event, run
 
 
@@ -56,6 +64,67 @@ def test_all_of_the_time_is_accounted_for() -> None:
     assert round(spent.all, 6) == round(history.known - history.begun, 6)
     assert spent.goodput is not None
     assert round(spent.goodput * spent.all, 6) == round(spent.training, 6)
+
+
+def test_a_first_step_that_takes_long_is_no_step_made_again() -> None:
+    events = [
+        event(0, "start", "aaaaaa", step=0),
+        event(10, "heartbeat", "aaaaaa", step=0),
+        event(20, "heartbeat", "aaaaaa", step=5),
+        event(30, "start", "bbbbbb", step=5),
+        event(40, "heartbeat", "bbbbbb", step=5),
+        event(50, "heartbeat", "bbbbbb", step=9),
+    ]
+    spent = history_of(events, where="there").spent
+    assert (spent.again, spent.training, spent.down) == (0.0, 40.0, 10.0)
+
+
+def test_a_state_that_is_loaded_later_is_no_training() -> None:
+    events = [
+        event(100, "start", "aaaaaa", step=0),
+        event(130, "resumed", "aaaaaa", name="x", step=0, begins=False, seconds=30),
+        event(140, "heartbeat", "aaaaaa", step=4),
+    ]
+    history = history_of(events, where="there")
+    assert history.begun == BEGAN + 100
+    assert (history.spent.training, history.spent.restoring) == (10.0, 30.0)
+
+
+def test_a_failure_after_the_end_is_the_end() -> None:
+    events = [
+        *attempt("aaaaaa", 0, 0, 100, end=True),
+        event(70, "failure", "controller", errors={"0": "StorageError: no"}),
+    ]
+    (only,) = history_of(events, where="there").attempts
+    assert only.ending == "failed: rank 0: StorageError: no"
+
+
+_json = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.just(10**400),
+    lambda each: st.lists(each, max_size=3) | st.dictionaries(st.text(), each, max_size=3),
+    max_leaves=5,
+)
+_FIELDS = ("step", "name", "seconds", "blocked", "errors", "share_nbytes", "tier", "begins")
+_hostile = st.builds(
+    lambda at, kind, writer, fields: Event(at=at, kind=kind, writer=writer, fields=fields),
+    st.floats(0, 9e10),
+    st.sampled_from(["start", "resumed", "heartbeat", "save", "durable", "failure", "end"]),
+    st.sampled_from(["aaaaaa", "bbbbbb", "controller"]),
+    st.dictionaries(st.sampled_from(_FIELDS), _json),
+)
+
+
+@given(st.lists(_hostile, max_size=12))
+def test_whatever_a_journal_says_is_told_or_left_out(events: list[Event]) -> None:
+    history = history_of([event(0, "start", "aaaaaa"), *events], where="there")
+    spent = history.spent
+    parts = (spent.training, spent.again, spent.saving, spent.restoring, spent.down)
+    assert all(part >= 0 for part in parts)
+    assert spent.goodput is None or 0 <= spent.goodput <= 1
+    for attempt_ in history.attempts:
+        assert not re.search(r"[\x00-\x1f]", attempt_.ending)
+    duration(spent.all)
+    assert isinstance(json.dumps(dataclasses.asdict(spent)), str)
 
 
 def test_events_of_two_writers_may_come_in_any_order() -> None:

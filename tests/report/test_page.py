@@ -15,6 +15,8 @@ from ray_accel_ckpt.report.page import duration, nbytes, page
 from tests.report.browser import browse
 from tests.report.runs import attempt, event, run
 
+_KINDS = ("start", "resumed", "heartbeat", "save", "durable", "end")
+
 
 def _page(where: str = "s3://bucket/run") -> str:
     return page(history_of(run(), where=where), run=where)
@@ -63,6 +65,15 @@ def test_nothing_in_it_comes_from_elsewhere_or_runs() -> None:
     outside = re.findall(r'(?:src|href)="(?!#)([^"]*)"', html)
     assert outside == []
     assert "@import" not in html
+
+
+def test_a_page_of_a_journal_that_makes_no_sense_is_still_one(tmp_path: Path) -> None:
+    strange = {"step": 2**62, "name": ["x"], "seconds": 1e300, "share_nbytes": "x", "blocked": -1}
+    events = [event(5 * n, kind, "aaaaaa", **strange) for n, kind in enumerate(_KINDS)]
+    html = page(history_of(events, where=""), run="x\udcff")
+    assert "<svg" in html
+    zero = [event(0, "start", "aaaaaa"), event(1, "save", "aaaaaa", name="x", blocked=0)]
+    assert "<svg" in page(history_of(zero, where=""), run="x")
 
 
 def test_the_same_run_makes_the_same_page() -> None:
