@@ -87,18 +87,22 @@ def _resumed(rank: int, world_size: int, directory: Path, names: list[str]) -> N
 
 def _elastic(rank: int, world_size: int, directory: Path) -> None:
     """Begun by two, left in the middle of an epoch, continued by all three, ended by one."""
-    for size, stop_at in ((2, 2), (3, 5), (1, 0)):
-        with smaller_group(rank, size, directory / f"store-{size}") as among:
-            if among:
-                _in_torchrun(rank, size)
-                seen = _until(stop_at, directory)
-    if rank == 0:
-        # Accelerate completes the last batch of an epoch, and leaves that out of metrics again.
-        assert [sorted(seen[i : i + SAMPLES]) for i in (0, SAMPLES)] == [[*range(SAMPLES)]] * 2
-        write(directory / "seen", "all")
+    # Where the first two stop, no batch of the three that follow is left with one sample.
+    for loader, first in ((by_index, 2), (_stream, 3)):
+        place = directory / loader.__name__
+        for size, stop_at in ((2, first), (3, 5), (1, 0)):
+            with smaller_group(rank, size, directory / f"{loader.__name__}-{size}") as among:
+                if among:
+                    _in_torchrun(rank, size)
+                    seen = _until(stop_at, place, loader)
+        if rank == 0:
+            # Accelerate completes the last batch of an epoch, and leaves that out of metrics again.
+            epochs = [sorted(seen[i : i + SAMPLES]) for i in (0, SAMPLES)]
+            assert epochs == [[*range(SAMPLES)]] * 2, loader.__name__
+            write(place / "seen", "all")
 
 
-def _until(stop_at: int, directory: Path) -> list[int]:
+def _until(stop_at: int, directory: Path, loader: Callable[[], DataLoader[Any]]) -> list[int]:
     """Go on from the newest checkpoint; save at step `stop_at`, and be killed there."""
     project = ProjectConfiguration(directory, automatic_checkpoint_naming=True)
 
@@ -111,6 +115,7 @@ def _until(stop_at: int, directory: Path) -> list[int]:
     try:
         ended = train(
             lambda accelerator: Checkpointer.from_accelerator(accelerator, project_config=project),
+            loader=loader,
             on_step=step,
         )
     except KilledError:
@@ -179,7 +184,7 @@ def test_three_workers_add_gradients_up_in_the_same_order(tmp_path: Path) -> Non
 
 def test_other_numbers_of_workers_see_each_sample_once_an_epoch(tmp_path: Path) -> None:
     spawn(_elastic, 3, tmp_path)
-    assert (tmp_path / "seen").read_text() == "all"
+    assert [p.parent.name for p in sorted(tmp_path.glob("*/seen"))] == ["_stream", "by_index"]
 
 
 def test_a_folder_of_two_workers_goes_there_and_back(tmp_path: Path) -> None:
