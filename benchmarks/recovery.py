@@ -98,7 +98,7 @@ def main() -> None:
             found[way.name].append(
                 measure(way, directory, megabytes=args.megabytes, step_seconds=args.step)
             )
-            shutil.rmtree(directory)
+            shutil.rmtree(directory, ignore_errors=True)
     print(f"{'':30}{'first step, s':>22}{'first new step, s':>22}{'made again':>12}")
     for way in WAYS:
         rounds = found[way.name]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from typing import IO, Any
 
@@ -106,7 +106,7 @@ def _state(name: str, saved: SavedPart, tensors: StoredTensors) -> Any:
 
 def _require_safe(value: Any, where: str) -> None:
     """What torch's own unpickler refuses would make a file that cannot be read safely."""
-    if type(value) in (dict, OrderedDict):
+    if type(value) in (dict, OrderedDict, Counter):
         for key, member in value.items():
             _require_safe(key, f"{where}/key")
             _require_safe(member, f"{where}/{key}")

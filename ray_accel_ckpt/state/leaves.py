@@ -19,7 +19,7 @@ from ray_accel_ckpt.state.part import SavedPart
 from ray_accel_ckpt.state.tree import TAG, Json, unflatten
 
 _SEQUENCES = ("tuple", "set", "frozenset", "deque")
-_MAPPINGS = ("dict", "OrderedDict")
+_MAPPINGS = ("dict", "OrderedDict", "Counter")
 _STORED = ("tensor", "ndarray")
 
 

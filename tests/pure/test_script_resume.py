@@ -343,7 +343,11 @@ def sequential(optimizer: Any) -> Any:
     return lr_scheduler.SequentialLR(optimizer, [warmup, decay], milestones=[5])
 
 
-@pytest.mark.parametrize("make", [cosine, one_cycle, sequential])
+def multi_step(optimizer: Any) -> Any:
+    return lr_scheduler.MultiStepLR(optimizer, milestones=[4, 4, 9])
+
+
+@pytest.mark.parametrize("make", [cosine, one_cycle, sequential, multi_step])
 @pytest.mark.parametrize("way", ["prepare", "register_for_checkpointing"])
 def test_schedulers(tmp_path: Path, make: Any, way: str) -> None:
     def script(ckpt: Checkpointer, on_step: OnStep) -> Any:

@@ -100,6 +100,8 @@ PLAIN = [
     {"": {"!": 1}},
     collections.OrderedDict([("b", 1), ("a", 2)]),
     collections.OrderedDict([("!", 1)]),
+    collections.Counter({30: 1, 80: 2}),
+    collections.Counter(),
     torch.float32,
     torch.float8_e4m3fn,
     torch.device("cpu"),
@@ -345,7 +347,6 @@ REFUSED = {
     "namedtuple": Point(1, 2),
     "str subclass": Text("a"),
     "defaultdict": collections.defaultdict(list),
-    "counter": collections.Counter("a"),
     "object array": np.array([object()]),
     "structured array": np.zeros(2, dtype=[("a", "i4")]),
     "array subclass": np.zeros(2).view(Rows),
@@ -511,7 +512,7 @@ KNOWN = [
     "bytearray",
     "tuple",
 ]
-KNOWN += ["set", "frozenset", "deque", "dict", "OrderedDict"]
+KNOWN += ["set", "frozenset", "deque", "dict", "OrderedDict", "Counter"]
 KNOWN += ["torch.dtype", "torch.device", "torch.Size"]
 WORDS = st.sampled_from(["part/t", "part/f", "<f8", "|O", "<U1", "AAAA", "7ff0", "cpu", "float32"])
 

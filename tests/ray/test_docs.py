@@ -15,6 +15,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 ROOT = Path(__file__).parents[2]
 
+_OTHERS = ("accelerate", "transformers", "lightning")
+
 pytestmark = [
     pytest.mark.usefixtures("cluster"),
     # Ray's own, of which there are many.
@@ -40,7 +42,7 @@ def make(config: dict[str, Any]) -> tuple[Any, ...]:
 
 def test_the_loop_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    loop, opened, script, memory = _snippets(ROOT / "README.md", "python")
+    loop, opened, script, memory, others = _snippets(ROOT / "README.md", "python")
     assert "/mnt/shared" in loop
     loop = loop.replace("/mnt/shared", str(tmp_path))
     names: dict[str, Any] = {"torch": torch, "make": make}
@@ -54,6 +56,11 @@ def test_the_loop_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
     _run("from ray_accel_ckpt import *\n" + script, script_names)
     assert script_names["ckpt"].global_step == 0
     assert "MemoryTier(every_steps=1, replicas=1)" in memory
+    # Each is run, in its place, by the page that it leads to.
+    pages = [(ROOT / "docs" / f"{name}.md").read_text() for name in _OTHERS]
+    calls = re.findall(r"(Checkpointer\.from_accelerator|checkpointed|\w+Callback)\(", others)
+    assert len(calls) == len(pages)
+    assert all(f"{call}(" in page for call, page in zip(calls, pages, strict=True))
 
 
 @pytest.mark.long
