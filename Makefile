@@ -43,22 +43,22 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 browser: $(BROWSER)
 
 /usr/bin/chromium:
-	$(SUDO) apt-get update -q
-	$(SUDO) apt-get install -y -q --no-install-recommends chromium
+	$(SUDO) apt-get -o Acquire::Retries=3 update -q
+	$(SUDO) apt-get -o Acquire::Retries=3 install -y -q --no-install-recommends chromium
 
 PURE := pure attacks storage cluster node cuda cli report
 pure: $(STAMP) $(BROWSER)
-	$(RUN) -m pytest -q -n auto $(PURE:%=tests/%)
+	$(RUN) -m pytest -q -n auto --durations 10 $(PURE:%=tests/%)
 
 gloo: $(STAMP)
-	$(RUN) -m pytest -q -n auto tests/gloo
+	$(RUN) -m pytest -q -n auto -m "not long" --durations 10 tests/gloo
 
 ray-tests: $(STAMP)
 	$(RUN) -m pytest -q -m "not long" --durations 10 tests/ray
 
 # What takes minutes and is next to something that `make test` plays.
 long-tests: $(STAMP)
-	$(RUN) -m pytest -q -m long tests/ray tests/chaos
+	$(RUN) -m pytest -q -m long tests/gloo tests/ray tests/chaos
 
 # Half of a fixed dozen of what `chaos` plays; `long-tests` play the other half.
 chaos-tests: $(STAMP)

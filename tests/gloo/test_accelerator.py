@@ -174,6 +174,7 @@ def _alone(rank: int, world_size: int) -> None:
         Checkpointer.from_accelerator(accelerator)
 
 
+@pytest.mark.long
 def test_two_workers_resumed_at_any_step_end_with_the_same_bits(tmp_path: Path) -> None:
     spawn(_resumed, 2, tmp_path, list(LOADERS))
 

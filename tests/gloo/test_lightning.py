@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import pytest
 from lightning.pytorch.strategies import DDPStrategy
 
 from ray_accel_ckpt.runtime.prepare import PinnedDDP
@@ -52,6 +53,7 @@ def _killed(rank: int, world_size: int, directory: Path) -> None:
     assert _life(rank, world_size, directory / "killed", 0, 99) == whole
 
 
+@pytest.mark.long
 def test_killed_workers_change_no_bit(tmp_path: Path) -> None:
     """Three: what two of them add up is the same in any order."""
     spawn(_killed, 3, tmp_path)

@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from ray_accel_ckpt.runtime.prepare import PinnedDDP
 from tests.gloo.workers import spawn, write
 from tests.pure.helpers import KilledError, checkpointer, seed_everything
@@ -73,6 +75,7 @@ def _steps(asked: list[list[int]]) -> list[set[int]]:
     return [{i for own in asked for i in own[n * each : (n + 1) * each]} for n in range(count)]
 
 
+@pytest.mark.long
 def test_another_number_of_workers_takes_the_same_samples_a_step(tmp_path: Path) -> None:
     spawn(_part, 2, tmp_path / "whole", 0)
     spawn(_part, 2, tmp_path / "elastic", 5)

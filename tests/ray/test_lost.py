@@ -41,6 +41,7 @@ def _whole(run: Path) -> set[int]:
     return found
 
 
+@pytest.mark.long
 def test_workers_lost_again_and_again_and_then_the_driver(
     tmp_path: Path, untouched: list[str]
 ) -> None:

@@ -100,6 +100,7 @@ fit(Path(sys.argv[2]), "run", every=10_000, memory={}, hold_at=5)
 """
 
 
+@pytest.mark.long
 def test_after_a_lost_driver_storage_has_what_memory_had(
     tmp_path: Path, untouched: list[str]
 ) -> None:
@@ -117,6 +118,7 @@ def test_after_a_lost_driver_storage_has_what_memory_had(
     assert digests(tmp_path, "run") == untouched
 
 
+@pytest.mark.long
 def test_without_room_for_it_nothing_is_kept_in_memory(
     tmp_path: Path, untouched: list[str]
 ) -> None:

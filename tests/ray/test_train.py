@@ -102,6 +102,7 @@ def _metrics() -> dict[str, Any]:
     }
 
 
+@pytest.mark.long
 def test_a_loop_that_goes_back_saves_in_directories_of_their_own(tmp_path: Path) -> None:
     trainer = TorchTrainer(
         _back_loop,

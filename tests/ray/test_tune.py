@@ -189,6 +189,7 @@ def test_an_exploited_trial_goes_on_from_the_other_and_killed_from_its_own(tmp_p
             open_checkpoint(directory).verify()
 
 
+@pytest.mark.long
 def test_early_stopped_trials_free_their_workers(tmp_path: Path) -> None:
     # Workers so large that a second trial's fit only when the first one's are gone.
     free = ray.available_resources()["CPU"]
@@ -227,6 +228,7 @@ class _DriverLostError(Exception):
     pass
 
 
+@pytest.mark.long
 def test_a_restored_experiment_tells_tune_what_it_had_not_heard(tmp_path: Path) -> None:
     lost = tmp_path / "lost"
 
@@ -284,6 +286,7 @@ def _quiet_loop(config: dict[str, Any]) -> None:
                 ckpt.step()
 
 
+@pytest.mark.long
 def test_loops_may_report_no_metrics_and_anything_without_a_checkpoint(tmp_path: Path) -> None:
     results = tune.Tuner(
         trainable(_quiet_loop, scaling_config=ScalingConfig(num_workers=1)),
