@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from ray_accel_ckpt.errors import AccelCkptError
+from ray_accel_ckpt.errors import AccelCkptError, StorageError
 from ray_accel_ckpt.version import __version__
 
 _TROUBLE = {"diff": 2, "verify": 2}
@@ -35,16 +35,17 @@ class _Group(TyperGroup):
 
 
 def _told(error: AccelCkptError | OSError) -> str:
-    if isinstance(error, AccelCkptError):
-        return str(error)
-    return str(
-        AccelCkptError(
-            error.strerror or str(error),
-            where=str(error.filename or ""),
-            why=type(error).__name__,
-            remedy="see whether the path and the credentials are right; "
-            "ray-accel-ckpt --debug shows where it arose",
-        )
+    known = error if isinstance(error, AccelCkptError) else _known(error)
+    return f"{known}\n  more: docs/troubleshooting.md#{type(known).__name__.lower()}"
+
+
+def _known(error: OSError) -> StorageError:
+    return StorageError(
+        error.strerror or str(error),
+        where=str(error.filename or ""),
+        why=type(error).__name__,
+        remedy="see whether the path and the credentials are right; "
+        "ray-accel-ckpt --debug shows where it arose",
     )
 
 

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 from typer.testing import CliRunner
 
 from ray_accel_ckpt.cli import app
+
+_PAGE = Path(__file__).parents[2] / "docs" / "troubleshooting.md"
+TROUBLES = [
+    heading.lower() for heading in re.findall(r"^## (\w+)$", _PAGE.read_text(), re.MULTILINE)
+]
 
 
 def run(*arguments: object) -> Any:
@@ -34,4 +41,7 @@ def refused(*arguments: object, status: int = 1) -> str:
     assert done.stdout == ""
     assert done.stderr.startswith("Error: "), done.stderr
     assert "what to do: " in done.stderr
+    kind = re.search(r"^  more: docs/troubleshooting\.md#(\w+)$", done.stderr, re.MULTILINE)
+    assert kind is not None
+    assert kind[1] in TROUBLES
     return str(done.stderr)
