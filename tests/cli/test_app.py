@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from ray_accel_ckpt.cli import output
+from ray_accel_ckpt.cli.export import To
 from ray_accel_ckpt.errors import NotACheckpointError
 from ray_accel_ckpt.runtime import listing
 from ray_accel_ckpt.storage import survey
@@ -116,7 +117,7 @@ def test_completion() -> None:
     assert completed("ray-accel-ckpt ", 1) == COMMANDS
     assert completed("ray-accel-ckpt s", 1) == ["show", "sweep"]
     assert "--dry-run" in completed("ray-accel-ckpt sweep --", 2)
-    assert completed("ray-accel-ckpt export a b --to ", 5) == ["safetensors", "torch", "dcp"]
+    assert completed("ray-accel-ckpt export a b --to ", 5) == list(To)
 
 
 def test_completion_can_be_installed() -> None:
@@ -130,7 +131,9 @@ def test_an_error_is_a_text_and_with_debug_a_traceback(tmp_path: Path) -> None:
     done = process("ls", tmp_path)
     assert done.returncode == 1
     assert done.stdout == ""
-    assert re.match(r"Error: .*\n  where: .*\n  why: .*\n  what to do: .*\n$", done.stderr)
+    assert re.match(
+        r"Error: .*\n  where: .*\n  why: .*\n  what to do: .*\n  more: .*\n$", done.stderr
+    )
     assert isinstance(run("--debug", "ls", tmp_path).exception, NotACheckpointError)
     done = process("--debug", "ls", tmp_path)
     assert "Traceback" in done.stderr

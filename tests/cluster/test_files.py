@@ -16,6 +16,7 @@ TESTED = {
     *(CLUSTER / "kuberay" / name for name in (*RUNS, *PROVIDERS)),  # test_kuberay.py
     *(CLUSTER / "vm" / name for name in (*LAUNCHER, UNIT.name, "logind.conf")),  # test_vm.py
     CLUSTER / "submit.sh",  # test_submit.py
+    CLUSTER / "grafana.json",  # test_grafana.py
     DOCKERFILE,
     CLUSTER / "README.md",
 }
