@@ -17,7 +17,7 @@ from ray_accel_ckpt.runtime.sweep import Orphan, orphans_of, remove
 from ray_accel_ckpt.storage.access import listed
 from ray_accel_ckpt.storage.catalog import candidates
 from ray_accel_ckpt.storage.filesystem import Filesystem
-from ray_accel_ckpt.storage.journal import DIRECTORY
+from ray_accel_ckpt.storage.journal import beside
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +82,7 @@ def sweep_quiet_run(
 
 def _require_quiet(filesystem: Filesystem, run: str, quiet_for: float) -> None:
     since = time.time() - quiet_for
-    journal = f"{run}/{DIRECTORY}"
-    for directory in (run, journal, *(each.path for each in candidates(filesystem, run))):
+    for directory in (run, beside(run), *(each.path for each in candidates(filesystem, run))):
         for entry in listed(filesystem, directory):
             if entry.nbytes is None or (entry.modified is not None and entry.modified <= since):
                 continue

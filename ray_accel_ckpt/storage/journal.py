@@ -1,6 +1,6 @@
 """What happened to a run: small files of JSON lines beside its checkpoints.
 
-``<run>/events/<milliseconds>-<writer>-<part>.jsonl``, a line an event:
+``events/<milliseconds>-<writer>-<part>.jsonl``, a line an event:
 
     {"at": 1790000000.125, "event": "durable", "name": "checkpoint_00000420_a1b2c3", ...}
 
@@ -28,7 +28,7 @@ from ray_accel_ckpt.storage.filesystem import Filesystem, Readable
 
 logger = logging.getLogger(__name__)
 
-DIRECTORY = "events"
+_EVENTS = "events"
 REACHED = frozenset(("heartbeat", "save", "notice", "end"))
 """Kinds of events whose step is where training was; others speak of an earlier one."""
 
@@ -170,7 +170,7 @@ class Journal:
                 nbytes += len(self._lines[count])
                 count += 1
             data = b"".join(self._lines[:count])
-        filesystem.write(f"{directory}/{DIRECTORY}/{self._name}-{self._part}.jsonl", [data])
+        filesystem.write(f"{beside(directory)}/{self._name}-{self._part}.jsonl", [data])
         self._written_at, self._failed = time.monotonic(), False
         with self._changed:
             # Added meanwhile: to be written with the rest of this part, or in the next one.
@@ -179,6 +179,16 @@ class Journal:
                 del self._lines[:count]
                 self._part += 1
             self._changed.notify_all()
+
+
+def beside(directory: str) -> str:
+    """Where the events of a run lie whose checkpoints lie in `directory`.
+
+    In the directory of a Ray run. A project's ``checkpoints`` hold nothing else, so that
+    whoever goes through them meets no stranger: its events lie beside that.
+    """
+    parent, _, name = directory.rpartition("/")
+    return f"{parent if name == 'checkpoints' else directory}/{_EVENTS}"
 
 
 def begun(filesystem: Readable, directory: str) -> list[float]:
@@ -207,7 +217,7 @@ def read_events(filesystem: Readable, directory: str, *, latest: bool = False) -
         parts = [part for part in attempts if part.writer == attempts[-1].writer][-2:]
     found: list[Event] = []
     for part in parts:
-        path = f"{directory}/{DIRECTORY}/{part.name}"
+        path = f"{beside(directory)}/{part.name}"
         if part.nbytes > _MAX_NBYTES:
             logger.warning("%s is too long for a journal, and passed over", path)
             continue
@@ -234,7 +244,7 @@ class _Part:
 
 def _parts(filesystem: Readable, directory: str) -> list[_Part]:
     """The files there, in their order."""
-    entries = listed(filesystem, f"{directory}/{DIRECTORY}", timeout=_TIMEOUT)
+    entries = listed(filesystem, beside(directory), timeout=_TIMEOUT)
     return sorted(
         _Part(
             at=int(named[1]),

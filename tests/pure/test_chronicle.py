@@ -97,7 +97,7 @@ def test_a_save_and_a_load_of_another_place_are_a_line_of_the_log_at_most(
     other.prepare(nn.Linear(3, 3))
     other.load_state(tmp_path / "a" / "checkpoints" / checkpoints(tmp_path / "a")[0])
     assert [line for line in caplog.messages if line.startswith("resumed from ")]
-    assert not (tmp_path / "b" / "checkpoints" / "events").exists()
+    assert not (tmp_path / "b").exists()
 
 
 def test_the_thread_goes_with_the_checkpointer(tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_of_a_state_without_counters_all_steps_are_lost(tmp_path: Path) -> None:
 
 def test_what_others_wrote_into_the_journal_stops_no_restart(tmp_path: Path) -> None:
     _attempt(tmp_path, until=2)
-    events = tmp_path / "checkpoints" / "events"
+    events = tmp_path / "events"
     steps = ("1" + "0" * 400, "true", "-1", '"x"', "1e300")
     lines = [f'{{"at": 5, "event": "heartbeat", "step": {step}}}\n' for step in steps]
     (events / "999999999999999-ffffff-0.jsonl").write_text("".join(lines))

@@ -123,8 +123,7 @@ def test_the_newest_is_found_and_the_oldest_removed(
     for value in range(3):
         routed.trainer(value)[0].save_state()
     names = [e.name for e in routed.filesystem.list(f"{routed.root}/checkpoints")]
-    # The journal is written beside, in its own time.
-    assert [n for n in names if n != "events"] == ["checkpoint_1", "checkpoint_2"]
+    assert names == ["checkpoint_1", "checkpoint_2"]
     ckpt, model = routed.trainer(9)
     assert ckpt.load_state()
     assert all(torch.equal(p, torch.full_like(p, 2)) for p in model.parameters())
