@@ -243,7 +243,7 @@ def _ending(own: Sequence[Event], failures: Sequence[Event], *, last: bool) -> s
         errors = failures[0].fields.get("errors")
         known = errors if isinstance(errors, dict) and errors else {"?": "unknown"}
         rank = next(iter(known))
-        return f"failed: rank {rank}: {_text(known, rank) or 'unknown'}"
+        return f"failed: rank {_CONTROL.sub(' ', rank)}: {_text(known, rank) or 'unknown'}"
     # What was saved last may become durable after training has ended.
     going = [event.kind for event in own if event.kind in ("save", "heartbeat", "end")]
     if going[-1:] == ["end"]:
