@@ -1,7 +1,7 @@
 """How much of its time a run trains while workers are lost, with several ways of saving.
 
-The same job under the same losses: by seeded ones, or by those of a spot trace at a
-compressed clock. Each way makes the same steps, however often it is struck:
+The same job under the same losses for the same time: seeded ones, or those of a spot
+trace at a compressed clock:
 
     python benchmarks/goodput.py --seed 1
     python benchmarks/goodput.py --trace trace.json --tick 4
@@ -12,6 +12,7 @@ See benchmarks/README.md for what is measured.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import random
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.common import machine
-from benchmarks.ray_loops import Way, fit, kill, made
+from benchmarks.ray_loops import Made, Way, end, fit, kill, made
 
 WAYS = [
     Way(name="ray_accel_ckpt, memory tier", kind="ours", every=50, memory=True),
@@ -39,24 +40,27 @@ LONGEST = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Came:
-    """How a run came out.
+    """How a run came out, from its first step on.
 
     Attributes:
-        seconds: from its first step to its last.
+        new: steps that were made, each counted once.
         again: steps that were made more than once, each time but one.
-        lives: of the group of workers.
+        down: seconds without a step around the losses: from the last step of a group of
+            workers to the first of the next.
+        lives: of the group.
     """
 
-    seconds: float
+    new: int
     again: int
+    down: float
     lives: int
 
 
 def measure(
-    way: Way, losses: list[float], directory: Path, *, megabytes: float, steps: int, step: float
+    way: Way, losses: list[float], directory: Path, *, megabytes: float, seconds: float, step: float
 ) -> Came:
     def run() -> None:
-        fit(way, directory, megabytes=megabytes, steps=steps, step_seconds=step)
+        fit(way, directory, megabytes=megabytes, step_seconds=step)
 
     training = threading.Thread(target=run)
     training.start()
@@ -64,20 +68,24 @@ def measure(
         time.sleep(0.02)
     begun = made(directory)[0].at
     for number, loss in enumerate(losses):
-        while training.is_alive() and time.time() < begun + loss:
-            time.sleep(0.05)
-        if training.is_alive():
-            try:
-                kill(directory, rank=number % 2)
-            except ProcessLookupError:
-                # The group is down already: a second loss costs it nothing more.
-                continue
+        time.sleep(max(0.0, begun + loss - time.time()))
+        # A group that is down already loses nothing more.
+        with contextlib.suppress(ProcessLookupError):
+            kill(directory, rank=number % 2)
+    time.sleep(max(0.0, begun + seconds - time.time()))
+    end(directory)
     training.join()
-    found = made(directory)
+    return came([each for each in made(directory) if each.at <= begun + seconds])
+
+
+def came(steps: list[Made]) -> Came:
+    different = len({each.step for each in steps})
+    gaps = [b.at - a.at for a, b in itertools.pairwise(steps) if a.life != b.life]
     return Came(
-        seconds=found[-1].at - begun,
-        again=len(found) - len({each.step for each in found}),
-        lives=len({each.life for each in found}),
+        new=different,
+        again=len(steps) - different,
+        down=sum(gaps),
+        lives=len({each.life for each in steps}),
     )
 
 
@@ -101,7 +109,7 @@ def traced(file: Path, tick: float, until: float) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--megabytes", type=float, default=200, help="state (default: 200)")
-    parser.add_argument("--steps", type=int, default=200, help="steps to be made (default: 200)")
+    parser.add_argument("--seconds", type=float, default=120, help="of each way (default: 120)")
     parser.add_argument("--step", type=float, default=0.5, help="seconds a step (default: 0.5)")
     parser.add_argument("--seed", type=int, default=1, help="of the losses (default: 1)")
     parser.add_argument("--mean", type=float, default=30, help="seconds between (default: 30)")
@@ -111,37 +119,37 @@ def main() -> None:
     args = parser.parse_args()
     import ray
 
-    # Nothing is lost after ten times what the steps take: all ways come to an end.
-    until = 10 * args.steps * args.step
     losses = (
-        seeded(args.seed, args.mean, until)
+        seeded(args.seed, args.mean, args.seconds)
         if args.trace is None
-        else traced(args.trace, args.tick, until)
+        else traced(args.trace, args.tick, args.seconds)
     )
     parent = Path(args.directory or tempfile.mkdtemp(prefix="goodput-", dir="/var/tmp"))
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
     print(
-        f"{machine(parent)}; 2 workers, {args.megabytes:g} MB, {args.steps} steps of "
-        f"{args.step:g} s; losses of {args.trace.name if args.trace else f'seed {args.seed}'} at "
-        f"{', '.join(f'{loss:.0f}' for loss in losses[:20])} s",
+        f"{machine(parent)}; 2 workers, {args.megabytes:g} MB, {args.seconds:g} s, steps "
+        f"of {args.step:g} s; losses of "
+        f"{args.trace.name if args.trace else f'seed {args.seed}'} at "
+        f"{', '.join(f'{loss:.0f}' for loss in losses)} s",
         flush=True,
     )
-    print(f"{'':30}{'goodput':>9}{'seconds':>9}{'made again':>12}{'lives':>7}")
+    print(f"{'':30}{'goodput':>9}{'steps':>7}{'made again':>12}{'down, s':>9}{'lives':>7}")
     for way in random.Random(args.seed).sample(WAYS, len(WAYS)):
         directory = parent / str(WAYS.index(way))
-        came = measure(
+        found = measure(
             way,
             losses,
             directory,
             megabytes=args.megabytes,
-            steps=args.steps,
+            seconds=args.seconds,
             step=args.step,
         )
         # Keepers of the memory tier may still be writing what the workers left.
         shutil.rmtree(directory, ignore_errors=True)
-        useful = args.steps * args.step / came.seconds
+        useful = found.new * args.step / args.seconds
         print(
-            f"{way.name:30}{useful:>9.0%}{came.seconds:>9.0f}{came.again:>12}{came.lives:>7}",
+            f"{way.name:30}{useful:>9.0%}{found.new:>7}{found.again:>12}{found.down:>9.0f}"
+            f"{found.lives:>7}",
             flush=True,
         )
 

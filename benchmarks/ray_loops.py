@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -44,8 +45,8 @@ class Made:
     life: int
 
 
-def fit(way: Way, directory: Path, *, megabytes: float, steps: int, step_seconds: float) -> None:
-    """Train with two workers to the end, however often they are killed."""
+def fit(way: Way, directory: Path, *, megabytes: float, step_seconds: float) -> None:
+    """Train with two workers until `end`, however often they are killed."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
@@ -56,7 +57,6 @@ def fit(way: Way, directory: Path, *, megabytes: float, steps: int, step_seconds
             "way": way.__dict__,
             "out": str(directory),
             "megabytes": megabytes,
-            "steps": steps,
             "step_seconds": step_seconds,
         },
         scaling_config=ScalingConfig(num_workers=2),
@@ -72,6 +72,11 @@ def made(directory: Path) -> list[Made]:
     """The steps of a run, those that were made twice too, in the order they were made."""
     lines = (directory / "steps").read_text().splitlines()
     return [Made(**json.loads(line)) for line in lines]
+
+
+def end(directory: Path) -> None:
+    """Let a run end with the step that is under way."""
+    (directory / "end").touch()
 
 
 def kill(directory: Path, rank: int) -> float:
@@ -98,7 +103,9 @@ def _loop(config: dict[str, Any]) -> None:
     (out / f"pid-{rank}").write_text(str(os.getpid()))
     log = (out / "steps").open("a")
     x = torch.ones(1, WIDTH)
-    for step in range(first + 1, config["steps"] + 1):
+    for step in itertools.count(first + 1):
+        if _ended(out):
+            break
         with _lasting(config["step_seconds"]):
             model(x).sum().backward()
             optimizer.step()
@@ -107,6 +114,13 @@ def _loop(config: dict[str, Any]) -> None:
         if rank == 0:
             line = {"at": time.time(), "step": step, "life": os.getpid()}
             print(json.dumps(line), file=log, flush=True)
+
+
+def _ended(out: Path) -> bool:
+    """Whether the run shall end, as rank 0 sees it: the same on each rank."""
+    ended = torch.tensor((out / "end").exists())
+    torch.distributed.broadcast(ended, src=0)
+    return bool(ended)
 
 
 Begun = tuple[nn.Module, torch.optim.Optimizer, int, Callable[[int], None]]

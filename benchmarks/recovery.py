@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.common import machine
-from benchmarks.ray_loops import Way, fit, kill, made
+from benchmarks.ray_loops import Made, Way, end, fit, kill, made
 
 EVERY = 10
 """Steps between saves to storage."""
@@ -49,28 +49,30 @@ class Recovered:
 
 def measure(way: Way, directory: Path, *, megabytes: float, step_seconds: float) -> Recovered:
     def run() -> None:
-        fit(
-            way,
-            directory,
-            megabytes=megabytes,
-            steps=KILLED_AFTER + 5,
-            step_seconds=step_seconds,
-        )
+        fit(way, directory, megabytes=megabytes, step_seconds=step_seconds)
 
     training = threading.Thread(target=run)
     training.start()
     while not (directory / "steps").exists() or done(directory) < KILLED_AFTER:
         time.sleep(0.02)
     killed = kill(directory, rank=1)
+    while (found := recovered(made(directory), killed, nothing=way.kind == "nothing")) is None:
+        time.sleep(0.02)
+    end(directory)
     training.join()
-    steps = made(directory)
+    return found
+
+
+def recovered(steps: list[Made], killed: float, *, nothing: bool) -> Recovered | None:
+    """How it came back, or None: not yet. `nothing` is saved: any step is a new one."""
     before = [each.step for each in steps if each.life == steps[0].life]
     after = [each for each in steps if each.life != steps[0].life]
-    nothing = way.kind == "nothing"
-    new = next(each for each in after if nothing or each.step > before[-1])
+    new = [each for each in after if nothing or each.step > before[-1]]
+    if not new:
+        return None
     return Recovered(
         first=after[0].at - killed,
-        new=new.at - killed,
+        new=new[0].at - killed,
         again=0 if nothing else before[-1] - after[0].step + 1,
     )
 

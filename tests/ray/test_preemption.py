@@ -1,4 +1,4 @@
-"""Nodes that are announced to go, in one run of many lives: what was done is not done again."""
+"""Nodes that are announced to go: what was done is not done again."""
 
 from __future__ import annotations
 
@@ -26,6 +26,9 @@ from ray_accel_ckpt.storage.filesystem import LocalFilesystem
 from tests.ray.drains import drain
 from tests.ray.runs import record, until
 from tests.training import train
+
+# Ray's own handling of files and deprecated calls is not what is tested here.
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 ROOT = Path(__file__).parents[2]
 EVERY, LAST = 20, 36
@@ -130,6 +133,10 @@ class Run:
         """Wait until Ray has registered a checkpoint of this very step."""
         self.until(lambda: step in map(step_of, record(self.directory / "run").names))
 
+    def digests(self) -> list[str]:
+        """What each rank ended with."""
+        return [(self.out / f"ended-{rank}").read_text() for rank in range(2)]
+
     def until(self, condition: Callable[[], bool]) -> None:
         def met() -> bool:
             if condition():
@@ -154,17 +161,33 @@ def _watched(run: Run, node_id: str) -> Iterator[FakeMetadata]:
             daemon.wait()
 
 
-# Ray's own handling of files and deprecated calls is not what is tested here.
-@pytest.mark.filterwarnings("ignore")
-def test_announced_losses_cost_no_step(
-    cluster: Cluster, tmp_path: Path, untouched: list[str]
-) -> None:
-    run = Run(cluster, tmp_path)
+@contextlib.contextmanager
+def _driven(cluster: Cluster, directory: Path) -> Iterator[Run]:
+    """A run whose nodes come and go as the block says; afterwards it has ended."""
+    run = Run(cluster, directory)
     run.add_node()
     run.add_node()
     run.fit.start()
     try:
-        # From a cloud's notice to the end: a node that dies long before its deadline.
+        yield run
+    except BaseException:
+        # Some may be gone, or going, and without nodes it does not end.
+        run.add_node()
+        run.add_node()
+        raise
+    finally:
+        run.allow(LAST + 1)
+        run.fit.join()
+        for node in run.nodes.values():
+            cluster.remove_node(node, allow_graceful=False)
+    assert run.results
+
+
+def test_a_node_that_the_cloud_takes_away_costs_no_step(
+    cluster: Cluster, tmp_path: Path, untouched: list[str]
+) -> None:
+    """From a cloud's notice to the end: the node dies long before its deadline."""
+    with _driven(cluster, tmp_path) as run:
         assert run.resumed(0) == 0
         run.reach(7)
         with _watched(run, run.node(0, 1)) as cloud:
@@ -172,46 +195,45 @@ def test_announced_losses_cost_no_step(
             run.registered(7)
         run.add_node()
         run.remove_node(run.node(0, 1))
-
-        # Rank 0's node, then the other one too before the first is gone.
         assert run.resumed(1) == 7
+    assert run.digests() == untouched
+
+
+@pytest.mark.long
+def test_announced_losses_cost_no_step(
+    cluster: Cluster, tmp_path: Path, untouched: list[str]
+) -> None:
+    with _driven(cluster, tmp_path) as run:
+        # Rank 0's node, then the other one too before the first is gone.
+        assert run.resumed(0) == 0
         run.reach(13)
-        run.drain(run.node(1, 0), seconds=300)
+        run.drain(run.node(0, 0), seconds=300)
         run.registered(13)
         run.reach(16)
-        run.drain(run.node(1, 1), seconds=300)
+        run.drain(run.node(0, 1), seconds=300)
         run.registered(16)
         run.add_node()
         run.add_node()
         for rank in range(2):
-            run.remove_node(run.node(1, rank))
+            run.remove_node(run.node(0, rank))
 
         # While a periodic save is being written.
-        assert run.resumed(2) == 16
+        assert run.resumed(1) == 16
         (run.out / "hold").touch()
         run.reach(22)
-        run.drain(run.node(2, 0), seconds=300)
+        run.drain(run.node(1, 0), seconds=300)
         (run.out / "hold").unlink()
         run.registered(22)
         run.add_node()
-        run.remove_node(run.node(2, 0))
+        run.remove_node(run.node(1, 0))
 
         # Announced and not taken away: the last save comes shortly before the deadline.
-        assert run.resumed(3) == 22
+        assert run.resumed(2) == 22
         run.reach(26)
-        run.drain(run.node(3, 1), seconds=25)
+        run.drain(run.node(2, 1), seconds=25)
         run.registered(26)
         run.reach(29)
         run.registered(29)
         run.add_node()
-        assert run.resumed(4) == 29
-        run.allow(LAST + 1)
-        run.fit.join()
-    finally:
-        run.allow(LAST + 1)
-        for node in run.nodes.values():
-            with contextlib.suppress(Exception):
-                cluster.remove_node(node, allow_graceful=False)
-        run.fit.join()
-    assert run.results
-    assert [(run.out / f"ended-{rank}").read_text() for rank in range(2)] == untouched
+        assert run.resumed(3) == 29
+    assert run.digests() == untouched
