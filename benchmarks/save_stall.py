@@ -294,7 +294,7 @@ def files_under(directory: Path) -> Iterator[Path]:
 def worker(args: argparse.Namespace) -> None:
     directory = Path(args.directory, "checkpoint")
     training = train(args.megabytes, directory)
-    methods = methods_for(training)
+    methods = [each for each in methods_for(training) if each.name not in args.without]
     if args.only is not None:
         print_peak(args.only, methods, directory)
         return
@@ -364,6 +364,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="rounds that count (default: 5)")
     parser.add_argument("--workers", type=int, default=2, help="processes (default: 2)")
     parser.add_argument("--only", help="the name of one method: tell what memory it takes")
+    parser.add_argument(
+        "--without", nargs="+", default=[], metavar="NAME", help="methods to leave out, for memory"
+    )
     parser.add_argument("--directory", help="where to save (default: a new one in /var/tmp)")
     args = parser.parse_args()
     if args.rounds < 1 or args.megabytes <= 0:
