@@ -60,7 +60,7 @@ ray-tests: $(STAMP)
 long-tests: $(STAMP)
 	$(RUN) -m pytest -q -m long tests/gloo tests/ray tests/chaos
 
-# Half of a fixed dozen of what `chaos` plays; `long-tests` play the other half.
+# Some of a fixed dozen of what `chaos` plays; `long-tests` play the others.
 chaos-tests: $(STAMP)
 	$(RUN) -m pytest -q -m "not long" tests/chaos
 

@@ -86,6 +86,7 @@ def _fit(directory: Path, name: str, **config: Any) -> dict[tuple[int, int], tup
     return found
 
 
+@pytest.mark.long
 def test_a_killed_worker_reads_each_row_once(tmp_path: Path) -> None:
     untouched = _fit(tmp_path, "untouched", unprepared=True)
     killed = _fit(tmp_path, "killed", die=True)

@@ -163,9 +163,7 @@ def test_a_killed_worker_changes_no_bit_on_s3(
     assert saved.path.startswith("bucket/runs/run/checkpoint_")
 
 
-def test_a_second_driver_goes_on_and_a_finished_run_returns_at_once(
-    tmp_path: Path, untouched: list[str]
-) -> None:
+def test_a_second_driver_goes_on(tmp_path: Path, untouched: list[str]) -> None:
     fit(tmp_path, "run", epochs=2)
     # What a crash leaves: Ray's record of the run cut in half.
     snapshot = tmp_path / "run" / "checkpoint_manager_snapshot.json"
@@ -173,6 +171,13 @@ def test_a_second_driver_goes_on_and_a_finished_run_returns_at_once(
     result = fit(tmp_path, "run", epochs=3)
     assert digests(tmp_path, "run") == untouched
     assert (tmp_path / "run" / "checkpoint_manager_snapshot.json.torn").exists()
+    open_checkpoint(result.checkpoint).verify()
+
+
+@pytest.mark.long
+def test_a_finished_run_returns_at_once(tmp_path: Path, untouched: list[str]) -> None:
+    result = fit(tmp_path, "run")
+    assert digests(tmp_path, "run") == untouched
     before = result.checkpoint.path
     again = fit(tmp_path, "run", epochs=3)
     assert again.checkpoint.path == before
