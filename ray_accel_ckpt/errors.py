@@ -19,11 +19,17 @@
         └── NoUsableCheckpointError            checkpoints are there, and not one is good
 
 Each message says what happened, where, why, and what to do about it; the four
-are also attributes. All of them survive pickling, which is how Ray carries an
-error from a worker to the driver.
+are also attributes. Its last line is where the page about errors tells more. All
+of them survive pickling, which is how Ray carries an error from a worker to the
+driver.
 """
 
 from __future__ import annotations
+
+import re
+
+_PAGE = "docs/troubleshooting.md"
+_MORE = re.compile(rf"\n *more: {re.escape(_PAGE)}#\w+")
 
 
 class AccelCkptError(Exception):
@@ -37,6 +43,8 @@ class AccelCkptError(Exception):
     """
 
     def __init__(self, what: str, *, where: str = "", why: str = "", remedy: str = "") -> None:
+        # A message that tells of other errors of this tree has one link, its own.
+        what, where, why, remedy = (_MORE.sub("", each) for each in (what, where, why, remedy))
         lines = [what]
         lines += [f"  where: {where}"] if where else []
         lines += [f"  why: {why}"] if why else []
@@ -45,7 +53,7 @@ class AccelCkptError(Exception):
         self.what, self.where, self.why, self.remedy = what, where, why, remedy
 
     def __str__(self) -> str:
-        return str(self.args[0])
+        return f"{self.args[0]}\n  more: {_PAGE}#{documented(type(self)).__name__.lower()}"
 
 
 class ConfigurationError(AccelCkptError, ValueError):
@@ -132,6 +140,11 @@ class FormatVersionError(CheckpointError):
 
 class NoUsableCheckpointError(CheckpointError):
     """Checkpoints exist, and none of them can be loaded. The message lists each and why."""
+
+
+def documented(kind: type[AccelCkptError]) -> type[AccelCkptError]:
+    """The nearest class of this tree, which the page about errors has: of a subclass, its base."""
+    return next(each for each in kind.__mro__ if each.__module__ == __name__)
 
 
 def _shortened(names: tuple[str, ...], limit: int = 20) -> str:

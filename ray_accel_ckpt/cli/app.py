@@ -30,13 +30,9 @@ class _Group(TyperGroup):
             gone = isinstance(error, OSError) and error.errno == errno.EPIPE
             if ctx.params["debug"] or gone:
                 raise
-            typer.echo(f"Error: {_told(error)}", err=True)
+            known = error if isinstance(error, AccelCkptError) else _known(error)
+            typer.echo(f"Error: {known}", err=True)
             raise typer.Exit(_TROUBLE.get(ctx.invoked_subcommand, 1)) from error
-
-
-def _told(error: AccelCkptError | OSError) -> str:
-    known = error if isinstance(error, AccelCkptError) else _known(error)
-    return f"{known}\n  more: docs/troubleshooting.md#{type(known).__name__.lower()}"
 
 
 def _known(error: OSError) -> StorageError:

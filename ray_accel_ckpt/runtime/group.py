@@ -54,14 +54,17 @@ class Group:
 
         Raises:
             AccelCkptError: the first rank's failure, of its kind: what is done about it
-                depends on that.
+                depends on that. On the other ranks a class that is not in `errors` is
+                the one there that it is derived from.
         """
         result, problem = None, None
         try:
             result = work()
         except AccelCkptError as e:
             problem = e
-        told = self.gather([type(problem).__name__, str(problem)] if problem else None)
+        told = self.gather(
+            [errors.documented(type(problem)).__name__, str(problem)] if problem else None
+        )
         for rank, failure in enumerate(told):
             if failure is not None and rank == self.rank and problem is not None:
                 raise problem

@@ -41,7 +41,6 @@ def refused(*arguments: object, status: int = 1) -> str:
     assert done.stdout == ""
     assert done.stderr.startswith("Error: "), done.stderr
     assert "what to do: " in done.stderr
-    kind = re.search(r"^  more: docs/troubleshooting\.md#(\w+)$", done.stderr, re.MULTILINE)
-    assert kind is not None
-    assert kind[1] in TROUBLES
+    [kind] = re.findall(r"^  more: docs/troubleshooting\.md#(\w+)$", done.stderr, re.MULTILINE)
+    assert kind in TROUBLES
     return str(done.stderr)

@@ -20,7 +20,7 @@ from ray_accel_ckpt.runtime.listing import ListedCheckpoint, RunListing
 from ray_accel_ckpt.runtime.quiet import Swept, SweptDirectory
 from ray_accel_ckpt.state.leaves import Form
 from ray_accel_ckpt.storage import comparison, description, proving
-from tests.cli.commands import told
+from tests.cli.commands import refused, told
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -56,6 +56,15 @@ def test_the_screens_of_the_page_are_what_is_printed() -> None:
     page = (DOCS / "cli.md").read_text()
     assert len(re.findall(r"^\$ ray-accel-ckpt ", page, re.MULTILINE)) == 9
     assert _screens().rendered(page) == page
+
+
+def test_the_error_on_the_page_about_errors_is_what_is_printed(tmp_path: Path) -> None:
+    page = (DOCS / "troubleshooting.md").read_text()
+    [(command, shown)] = re.findall(
+        r"^```console\n\$ ray-accel-ckpt (.*)\n([^`]*)^```$", page, re.M
+    )
+    arguments = command.replace("/mnt/shared", str(tmp_path)).split()
+    assert refused(*arguments).replace(str(tmp_path), "/mnt/shared") == shown
 
 
 @pytest.mark.parametrize("command", DOCUMENTS)

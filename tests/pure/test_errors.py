@@ -9,7 +9,15 @@ import re
 import pytest
 
 from ray_accel_ckpt import errors
-from ray_accel_ckpt.errors import AccelCkptError, ConfigurationError, StateMismatchError
+from ray_accel_ckpt.errors import (
+    AccelCkptError,
+    ConfigurationError,
+    CorruptCheckpointError,
+    NotACheckpointError,
+    NoUsableCheckpointError,
+    StateMismatchError,
+    StorageError,
+)
 
 CLASSES: list[type[AccelCkptError]] = [
     found
@@ -23,9 +31,10 @@ def example(kind: type[AccelCkptError]) -> AccelCkptError:
 
 
 @pytest.mark.parametrize("kind", CLASSES)
-def test_the_message_has_the_four_lines(kind: type[AccelCkptError]) -> None:
+def test_the_message_has_the_four_lines_and_where_to_read_on(kind: type[AccelCkptError]) -> None:
     assert str(example(kind)) == (
-        "it broke\n  where: file.json\n  why: the disk is full\n  what to do: make room"
+        "it broke\n  where: file.json\n  why: the disk is full\n  what to do: make room\n"
+        f"  more: docs/troubleshooting.md#{kind.__name__.lower()}"
     )
 
 
@@ -37,8 +46,31 @@ def test_the_four_are_attributes(kind: type[AccelCkptError]) -> None:
 
 
 def test_lines_without_content_are_left_out() -> None:
-    assert str(AccelCkptError("it broke", remedy="retry")) == "it broke\n  what to do: retry"
-    assert str(AccelCkptError("it broke")) == "it broke"
+    more = "\n  more: docs/troubleshooting.md#accelckpterror"
+    assert str(AccelCkptError("it broke", remedy="retry")) == f"it broke\n  what to do: retry{more}"
+    assert str(AccelCkptError("it broke")) == f"it broke{more}"
+
+
+class OurError(StorageError):
+    """What a user derives, for a filesystem of theirs say."""
+
+
+def test_a_class_of_a_user_leads_to_what_it_is_derived_from() -> None:
+    error = OurError("no tape")
+    assert str(error) == "no tape\n  more: docs/troubleshooting.md#storageerror"
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
+def test_a_message_that_tells_of_other_errors_has_one_link() -> None:
+    inner = [example(CorruptCheckpointError), example(NotACheckpointError)]
+    listed = NoUsableCheckpointError("none", why="\n".join(f"{each}" for each in inner))
+    outer = StorageError(f"rank 1 found: {listed}", remedy="retry")
+    assert str(outer).count("more: ") == 1
+    assert str(outer).endswith(
+        "\n  what to do: retry\n  more: docs/troubleshooting.md#storageerror"
+    )
+    assert "more: " not in listed.why
+    assert listed.why.count("it broke\n  where: file.json\n  why: the disk is full") == 2
 
 
 @pytest.mark.parametrize("kind", CLASSES)
