@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from ray_accel_ckpt import open_checkpoint
 from ray_accel_ckpt.cli.export import Exported, To
 from ray_accel_ckpt.cli.heal import Healed
 from ray_accel_ckpt.cli.report import Reported
@@ -20,7 +23,12 @@ from ray_accel_ckpt.runtime.listing import ListedCheckpoint, RunListing
 from ray_accel_ckpt.runtime.quiet import Swept, SweptDirectory
 from ray_accel_ckpt.state.leaves import Form
 from ray_accel_ckpt.storage import comparison, description, proving
+from ray_accel_ckpt.storage.filesystem import resolve
+from tests.cli import runs
 from tests.cli.commands import refused, told
+from tests.pages import snippets, split
+from tests.report import runs as journals
+from tests.storage.conftest import BUCKET
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -84,3 +92,72 @@ def test_each_option_is_on_the_page_or_in_the_help() -> None:
     known = "".join(told(command, "--help") for command in commands) + told("--help")
     assert [option for option in options if option not in known] == []
     assert all(f"`{to}`" in page for to in To)
+
+
+def _commands(page: str, block: int, **replaced: str) -> list[list[str]]:
+    """What a block has `ray-accel-ckpt` do, with places that are there."""
+    text = snippets(page, "sh")[block]
+    for old, new in replaced.items():
+        text = text.replace(old, new)
+    return [words[1:] for words in split(text)]
+
+
+def _digits(place: Path) -> Path:
+    run = journals.write(place / "digits")
+    runs.register(run, runs.saved(run, 40))
+    return run
+
+
+def test_the_commands_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = _digits(tmp_path)
+    [checkpoint] = run.glob("checkpoint_*")
+    places = {"/mnt/shared/digits": str(run), "CKPT": str(checkpoint)}
+    said = [told(*command) for command in _commands("README.md", 1, **places)]
+    assert [len(said), "good" in said[0], "3 attempts" in said[1]] == [3, True, True]
+    assert "<svg" in (tmp_path / "out.html").read_text()
+    saved = load_file(tmp_path / "weights" / "model.safetensors")
+    assert saved.keys() == open_checkpoint(checkpoint).state_dict("model").keys()
+
+
+def test_the_command_of_the_page_about_reports_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    places = {"s3://bucket/runs/digits": str(_digits(tmp_path))}
+    (command,) = _commands("docs/report.md", 0, **places)
+    assert "3 attempts" in told(*command)
+    assert "<svg" in (tmp_path / "out.html").read_text()
+
+
+def test_the_code_of_the_page_reads_an_export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "digits"
+    told("export", run / runs.saved(run, 40), "model.pt", "--to", "torch")
+    worker = runs.Worker(0, 0, 2)
+    names = {"torch": torch, "model": worker.model, "optimizer": worker.optimizer}
+    (code,) = snippets("docs/cli.md", "python")
+    exec(code, names)  # noqa: S102
+    expected = runs.Worker(40, 0, 2)
+    theirs = expected.model.state_dict()
+    assert all(torch.equal(t, theirs[n]) for n, t in worker.model.state_dict().items())
+    assert str(worker.optimizer.state_dict()) == str(expected.optimizer.state_dict())
+
+
+def test_the_three_ways_to_a_server_lead_there(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs.save(
+        resolve(f"s3://{BUCKET}?endpoint_override={s3}&scheme=http&region=us-east-1")[0],
+        f"{BUCKET}/run/checkpoint_00000040_5d8e3f",
+        40,
+    )
+    (block,) = snippets("docs/cli.md", "sh")
+    ways = block.replace("localhost:9000", s3).splitlines()
+    for way in ways:
+        with monkeypatch.context() as patch:
+            for name, value in re.findall(r"(\w+)=(\S+) ", way.partition("ray-accel-ckpt")[0]):
+                patch.setenv(name, value)
+            ((_, *command),) = split(way)
+            assert "checkpoint_00000040_5d8e3f" in told(*command)
+    assert len(ways) == 3

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +10,15 @@ import pytest
 
 from tests.accelerate_loops import before
 from tests.accelerated import reset
+from tests.pages import snippets
 from tests.pure.helpers import digest
 
-PAGE = (Path(__file__).parents[2] / "docs" / "accelerate.md").read_text()
-
-
-def _blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+PAGE = "docs/accelerate.md"
 
 
 def test_the_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    whole, saved, converted, back = _blocks("python")
+    whole, saved, converted, back = snippets(PAGE, "python")
     names: dict[str, Any] = {}
     reset()
     exec(whole, names)  # noqa: S102
@@ -43,5 +39,5 @@ def test_the_diff_of_the_page_is_that_of_the_loops() -> None:
     loops = Path(before.__file__).parent
     texts = [(loops / name).read_text().splitlines() for name in ("before.py", "after.py")]
     shown = [line[0] + line[2:] for line in difflib.ndiff(*texts) if line.startswith(("+ ", "- "))]
-    (block,) = _blocks("diff")
+    (block,) = snippets(PAGE, "diff")
     assert sorted(block.splitlines()) == sorted(shown)

@@ -23,3 +23,16 @@ def test_the_tests_that_a_document_names_are_there(document: Path) -> None:
         absent += [path] if not tests else []
         absent += [n for n in re.findall(r"test_\w+", names) if f"def {n}(" not in tests]
     assert absent == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_tables_and_lists_are_such_on_the_site_too(document: Path) -> None:
+    """mkdocs takes them for text where GitHub does not: without a blank line before them."""
+    text = re.sub(r"^ *```.*?^ *```$", "", document.read_text(), flags=re.DOTALL | re.MULTILINE)
+    lines = ["", *text.splitlines(), ""]
+    for before, line, after in zip(lines, lines[1:], lines[2:], strict=False):
+        if line.startswith("|") and not before.startswith("|"):
+            assert before == "", line
+            assert re.fullmatch(r"\|[-:| ]+\|", after), f"no head of a table: {line}"
+        if re.match(r"([-*]|\d+\.) ", line):
+            assert re.match(r"$| *([-*]|\d+\.) |  ", before), line

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-DOCS = Path(__file__).parents[2] / "docs"
+from tests.pages import snippets
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning"),
@@ -20,14 +19,11 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize(("page", "count"), [("transformers.md", 4), ("lightning.md", 2)])
+@pytest.mark.parametrize("page", ["docs/transformers.md", "docs/lightning.md"])
 def test_the_code_of_a_page_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, page: str, count: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, page: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    text = (DOCS / page).read_text()
-    snippets = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
-    assert len(snippets) == count
     names: dict[str, Any] = {}
-    for snippet in snippets:
+    for snippet in snippets(page, "python"):
         exec(snippet, names)  # noqa: S102

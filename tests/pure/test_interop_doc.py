@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-PAGE = Path(__file__).parents[2] / "docs" / "interop.md"
+from tests.pages import snippets
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 def test_the_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    snippets = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE)
-    assert len(snippets) == 4
     names: dict[str, Any] = {}
     states = []
-    for snippet in snippets:
+    for snippet in snippets("docs/interop.md", "python"):
         exec(snippet, names)  # noqa: S102
         states.append({n: t.clone() for n, t in names["model"].state_dict().items()})
     assert all(torch.equal(t, s[n]) for s in states for n, t in states[0].items())

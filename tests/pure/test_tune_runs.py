@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,7 @@ from ray_accel_ckpt.integrations.tune.runs import (
 from ray_accel_ckpt.storage.catalog import inherited
 from ray_accel_ckpt.storage.fakes import MemoryFilesystem
 from ray_accel_ckpt.storage.reference import REFERENCE
+from tests.pages import snippets
 
 HERE, THERE = "experiment/a", "experiment/b"
 FIRST, SECOND = f"{THERE}/b-0/checkpoint_00000020_aa", f"{THERE}/b-0/checkpoint_00000040_aa"
@@ -179,6 +182,9 @@ def test_a_trial_that_told_nothing_has_no_newest_reference(memory: MemoryFilesys
     assert newest_reference(memory, HERE) is None
 
 
+AFTER_LOADING = textwrap.dedent(snippets("docs/tune.md", "python")[1])
+
+
 def _rates(base: float, *, loaded: Any = None, steps: int) -> tuple[list[float], Any]:
     """Of some steps, after what docs/tune.md says is to be done after `load_state`."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=base)
@@ -186,11 +192,13 @@ def _rates(base: float, *, loaded: Any = None, steps: int) -> tuple[list[float],
     if loaded is not None:
         optimizer.load_state_dict(loaded[0])
         scheduler.load_state_dict(loaded[1])
-        if base != scheduler.base_lrs[0]:
-            scale = base / scheduler.base_lrs[0]
-            for group in optimizer.param_groups:
-                group["lr"] *= scale
-            scheduler.base_lrs = [base, *(scale * lr for lr in scheduler.base_lrs[1:])]
+    names = {
+        "ckpt": SimpleNamespace(load_state=lambda: loaded is not None),
+        "config": {"lr": base},
+        "optimizer": optimizer,
+        "scheduler": scheduler,
+    }
+    exec(AFTER_LOADING, names)  # noqa: S102
     rates = []
     for _ in range(steps):
         rates.append(optimizer.param_groups[0]["lr"])
