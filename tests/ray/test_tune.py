@@ -17,12 +17,13 @@ import ray
 import ray.train
 import torch
 from ray import PlacementGroupID, tune
-from ray.train import Result, ScalingConfig
+from ray.train import ScalingConfig
 from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from ray_accel_ckpt import Checkpointer, EverySteps, open_checkpoint
 from ray_accel_ckpt.integrations.tune import trainable
+from tests.ray.runs import record
 from tests.training import network, train
 
 pytestmark = [
@@ -236,7 +237,7 @@ def test_a_restored_experiment_tells_tune_what_it_had_not_heard(tmp_path: Path) 
         """The driver, when the trial has saved its end and Tune has not heard of it."""
         if result["step"] == STEPS and not lost.exists():
             (run,) = tmp_path.glob("search/*/*-0")
-            while len(Result.from_path(run).best_checkpoints) < STEPS // EVERY + 2:
+            while len(record(run).names) < STEPS // EVERY + 2:
                 time.sleep(0.01)
                 (tmp_path / f"a-{STEPS}").touch()
             lost.touch()
