@@ -102,16 +102,17 @@ def _commands(page: str, block: int, **replaced: str) -> list[list[str]]:
     return [words[1:] for words in split(text)]
 
 
-def _digits(place: Path) -> Path:
+def _digits(place: Path) -> tuple[Path, Path]:
+    """A run that tells what happened to it, and a checkpoint of it."""
     run = journals.write(place / "digits")
-    runs.register(run, runs.saved(run, 40))
-    return run
+    name = runs.saved(run, 40)
+    runs.register(run, name)
+    return run, run / name
 
 
 def test_the_commands_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    run = _digits(tmp_path)
-    [checkpoint] = run.glob("checkpoint_*")
+    run, checkpoint = _digits(tmp_path)
     places = {"/mnt/shared/digits": str(run), "CKPT": str(checkpoint)}
     said = [told(*command) for command in _commands("README.md", 1, **places)]
     assert [len(said), "good" in said[0], "3 attempts" in said[1]] == [3, True, True]
@@ -124,7 +125,7 @@ def test_the_command_of_the_page_about_reports_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    places = {"s3://bucket/runs/digits": str(_digits(tmp_path))}
+    places = {"s3://bucket/runs/digits": str(_digits(tmp_path)[0])}
     (command,) = _commands("docs/report.md", 0, **places)
     assert "3 attempts" in told(*command)
     assert "<svg" in (tmp_path / "out.html").read_text()

@@ -8,8 +8,8 @@ import subprocess
 import tomllib
 from collections.abc import Iterator
 from functools import cache
+from typing import Any
 
-import click
 import pytest
 from typer.main import get_command
 
@@ -157,12 +157,13 @@ def _recipe(arguments: list[str]) -> Iterator[list[str]]:
             yield ["python", *words[1:]]
 
 
-def _check_click(command: click.Command, arguments: list[str]) -> None:
+def _check_click(command: Any, arguments: list[str]) -> None:
     own = arguments[: arguments.index("--")] if "--" in arguments else arguments
     known = set(_names(command))
     for word in own:
-        if isinstance(command, click.Group) and not word.startswith("-") and word != "COMMAND":
-            found = command.get_command(click.Context(command), word)
+        # Typer has a click of its own.
+        if hasattr(command, "commands") and not word.startswith("-") and word != "COMMAND":
+            found = command.commands.get(word)
             assert found is not None, f"{command.name} has no {word}"
             command = found
             known |= set(_names(command))
@@ -171,7 +172,7 @@ def _check_click(command: click.Command, arguments: list[str]) -> None:
         _check(arguments[len(own) + 1 :])
 
 
-def _names(command: click.Command) -> Iterator[str]:
+def _names(command: Any) -> Iterator[str]:
     for parameter in command.params:
         yield from (*parameter.opts, *parameter.secondary_opts)
 
