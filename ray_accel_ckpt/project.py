@@ -16,7 +16,8 @@ class ProjectConfiguration:
         project_dir: directory or URI (`s3://...`) under which `checkpoints/` lies.
         automatic_checkpoint_naming: `save_state()` without a directory writes
             `<project_dir>/checkpoints/checkpoint_<n>`. Unlike Accelerate, `n`
-            goes on from what exists and nothing is ever overwritten.
+            goes on from what exists and nothing is overwritten: on disks, two runs
+            at once get numbers of their own.
         total_limit: keep the newest so many. An old one is removed only after
             the new one is whole, and only directories named `checkpoint_<n>`.
         iteration: the least `n` to use.

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from ray_accel_ckpt.image.image import Image
 from ray_accel_ckpt.storage.filesystem import Filesystem
-from ray_accel_ckpt.storage.writer import write_image
+from ray_accel_ckpt.storage.writer import refuse_overwriting, write_image
 
 
 class BackgroundWriter:
@@ -29,7 +29,7 @@ class BackgroundWriter:
         release: Callable[[], None],
         after: Callable[[], None],
     ) -> None:
-        """Write in the background.
+        """Write in the background. What another process has saved there meanwhile is an error.
 
         Args:
             release: called when the image's memory is free again, on success or not.
@@ -38,7 +38,15 @@ class BackgroundWriter:
 
         def write() -> None:
             try:
-                write_image(filesystem, directory, image, timeout=self._timeout)
+                write_image(
+                    filesystem,
+                    directory,
+                    image,
+                    timeout=self._timeout,
+                    before_manifest=lambda: refuse_overwriting(
+                        filesystem, directory, image.info, timeout=self._timeout
+                    ),
+                )
             finally:
                 release()
             after()

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Literal
 
-from ray_accel_ckpt.storage.filesystem import Entry, Filesystem
+from ray_accel_ckpt.storage.filesystem import Claim, Entry, Filesystem
 
 
 class MemoryFilesystem:
@@ -32,6 +32,9 @@ class MemoryFilesystem:
     def __init__(self, files: Mapping[str, bytes] | None = None) -> None:
         self.files: dict[str, bytes] = dict(files or {})
         self._lock = threading.Lock()
+
+    def claim(self, path: str) -> Claim:
+        return Claim.TAKEN if self.list(path) else Claim.FREE
 
     def write(self, path: str, chunks: Iterable[memoryview | bytes]) -> None:
         data = b"".join(bytes(chunk) for chunk in chunks)
@@ -109,6 +112,9 @@ class RecordingFilesystem:
         self._lock = threading.Lock()
         self.operations: list[Operation] = []
         self.reads: list[Read] = []
+
+    def claim(self, path: str) -> Claim:
+        return self._filesystem.claim(path)
 
     def write(self, path: str, chunks: Iterable[memoryview | bytes]) -> None:
         self._record(Operation(kind="create", path=path))
@@ -203,7 +209,7 @@ class Fault:
     """
 
     error: Exception
-    operation: Literal["write", "copy", "read_into", "list", "delete"] | None = None
+    operation: Literal["claim", "write", "copy", "read_into", "list", "delete"] | None = None
     path: str = "*"
     nth: int = 1
     times: int | None = 1
@@ -218,6 +224,10 @@ class FaultyFilesystem:
         self._faults = faults
         self._met = [0] * len(faults)
         self._lock = threading.Lock()
+
+    def claim(self, path: str) -> Claim:
+        self._raise("claim", path)
+        return self._filesystem.claim(path)
 
     def write(self, path: str, chunks: Iterable[memoryview | bytes]) -> None:
         fault = self._struck("write", path)

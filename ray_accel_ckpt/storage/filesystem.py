@@ -1,4 +1,4 @@
-"""The one seam to where bytes lie: five operations on paths.
+"""The one seam to where bytes lie: six operations on paths.
 
 `LocalFilesystem` for disks, `ArrowFilesystem` for whatever pyarrow speaks (S3,
 GCS, HDFS, and any fsspec filesystem in pyarrow's wrapping). `storage.fakes` has
@@ -14,6 +14,7 @@ import secrets
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -52,8 +53,27 @@ class Readable(Protocol):
         ...
 
 
+class Claim(Enum):
+    """What came of claiming a directory."""
+
+    MADE = "made"
+    """It was not there. Of several that claim it at once, one alone is told so."""
+    TAKEN = "taken"
+    """Something is there."""
+    FREE = "free"
+    """Nothing is there, and nothing was made. Others that claim it at once may be told the same."""
+
+
 class Filesystem(Readable, Protocol):
     """Storage as this library uses it."""
+
+    def claim(self, path: str) -> Claim:
+        """Make the directory `path`, and those above it, for whoever comes first.
+
+        A directory is durable with the first file in it. `Claim.FREE` is the answer of
+        storage that has no directories, or no way to make one for a single caller.
+        """
+        ...
 
     def write(self, path: str, chunks: Iterable[memoryview | bytes]) -> None:
         """Create the file `path` of these bytes, and the directories above it.
@@ -86,6 +106,15 @@ class LocalFilesystem:
 
     fsync is skipped on memory-backed filesystems by the kernel itself.
     """
+
+    def claim(self, path: str) -> Claim:
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            target.mkdir()
+        except FileExistsError:
+            return Claim.TAKEN
+        return Claim.MADE
 
     def write(self, path: str, chunks: Iterable[memoryview | bytes]) -> None:
         target = Path(path)
@@ -151,6 +180,9 @@ class ArrowFilesystem:
     """Any `pyarrow.fs.FileSystem`. An object appears whole or not at all."""
 
     filesystem: pafs.FileSystem
+
+    def claim(self, path: str) -> Claim:
+        return Claim.TAKEN if self.list(path) else Claim.FREE
 
     def write(self, path: str, chunks: Iterable[memoryview | bytes]) -> None:
         if _has_directories(self.filesystem):

@@ -4,28 +4,62 @@ from __future__ import annotations
 
 import logging
 
-from ray_accel_ckpt.errors import CheckpointError
+from ray_accel_ckpt.errors import CheckpointError, StorageError
 from ray_accel_ckpt.image import manifest as manifests
+from ray_accel_ckpt.storage.access import READ_TIMEOUT
 from ray_accel_ckpt.storage.catalog import Candidate, candidates, open_snapshot
-from ray_accel_ckpt.storage.filesystem import Filesystem
+from ray_accel_ckpt.storage.filesystem import Claim, Filesystem
+from ray_accel_ckpt.storage.retry import retried
 
 logger = logging.getLogger(__name__)
 
 
 class AutomaticNames:
-    """Numbers that go on from what exists. Nothing is ever overwritten."""
+    """Numbers that go on from what exists. Nothing is ever overwritten.
+
+    The directory is listed at first, and again when somebody else is found to save
+    there too; else the numbers are counted here.
+    """
 
     def __init__(self, filesystem: Filesystem, directory: str, *, at_least: int) -> None:
         self._filesystem = filesystem
         self._directory = directory
         self._next = at_least
+        self._listed = False
 
     def take(self) -> str:
-        """The path of the next checkpoint: one more than the highest there ever was."""
+        """The path of the next checkpoint, which nobody else is given: see `Filesystem.claim`.
+
+        Raises:
+            StorageError: the storage cannot be read, or refused to make a directory.
+        """
+        if not self._listed:
+            self._go_on()
+        while True:
+            path = f"{self._directory}/checkpoint_{self._next}"
+            self._next += 1
+            if self._claim(path) is not Claim.TAKEN:
+                return path
+            self._go_on()
+
+    def _go_on(self) -> None:
         found = candidates(self._filesystem, self._directory)
-        number = max([self._next, *(c.number + 1 for c in found)])
-        self._next = number + 1
-        return f"{self._directory}/checkpoint_{number}"
+        self._next = max([self._next, *(c.number + 1 for c in found)])
+        self._listed = True
+
+    def _claim(self, path: str) -> Claim:
+        what = "make a directory"
+        try:
+            return retried(
+                lambda: self._filesystem.claim(path), what=what, where=path, timeout=READ_TIMEOUT
+            )
+        except FileNotFoundError as e:
+            raise StorageError(
+                f"could not {what}",
+                where=path,
+                why=f"{type(e).__name__}: {e}",
+                remedy="make the bucket or the mount that the path begins with; neither is created",
+            ) from e
 
 
 def prune(filesystem: Filesystem, directory: str, *, keep: int, newest: str) -> None:

@@ -9,7 +9,7 @@ from ray_accel_ckpt.errors import CheckpointError, CheckpointExistsError, Storag
 from ray_accel_ckpt.image import manifest as manifests
 from ray_accel_ckpt.image.frozen import Frozen, Written
 from ray_accel_ckpt.image.hashing import shard_info
-from ray_accel_ckpt.image.image import Hashing, Image
+from ray_accel_ckpt.image.image import Hashing, Image, SaveInfo
 from ray_accel_ckpt.image.manifest import FrozenInfo, frozen_name, manifest_name, shard_name
 from ray_accel_ckpt.storage.access import listed
 from ray_accel_ckpt.storage.catalog import prove_file, read_manifest
@@ -22,7 +22,14 @@ LINK_TIMEOUT = 30.0
 """Seconds that passing errors of a link, or of a copy by the server, are retried for."""
 
 
-def write_image(filesystem: Filesystem, directory: str, image: Image, *, timeout: float) -> None:
+def write_image(
+    filesystem: Filesystem,
+    directory: str,
+    image: Image,
+    *,
+    timeout: float,
+    before_manifest: Callable[[], None] = lambda: None,
+) -> None:
     """Make one rank's share durable. No peer is asked; the manifest is the last thing written.
 
     Cut off at any moment, it leaves a directory that does not count as a
@@ -30,6 +37,7 @@ def write_image(filesystem: Filesystem, directory: str, image: Image, *, timeout
 
     Args:
         timeout: seconds that passing errors are retried for, each file for itself.
+        before_manifest: called when the shard is durable; if it raises, there is no manifest.
 
     Raises:
         StorageError, StorageTimeoutError: naming the path, the cause and the remedy.
@@ -40,6 +48,7 @@ def write_image(filesystem: Filesystem, directory: str, image: Image, *, timeout
     hashing = Hashing(image)
     shard = f"{directory}/{shard_name(info.rank, info.world_size)}"
     write_file(filesystem, shard, hashing.chunks, what="write a shard", timeout=timeout)
+    before_manifest()
     write_rest(filesystem, directory, image, hashing, timeout=timeout)
 
 
@@ -122,6 +131,26 @@ def refuse_other_checkpoint(
                 "if this process died on the way",
                 remedy="save to a new directory, or delete this one first; "
                 "ProjectConfiguration(automatic_checkpoint_naming=True) picks new names",
+            )
+
+
+def refuse_overwriting(
+    filesystem: Filesystem, directory: str, info: SaveInfo, *, timeout: float
+) -> None:
+    """Raise `CheckpointExistsError` if this rank's manifest, or one of another world, is there.
+
+    To be asked shortly before it is written: where storage cannot give a directory to one
+    caller alone, another process may have been given the same.
+    """
+    for entry in listed(filesystem, directory, timeout=timeout):
+        kind, rank, world_size = manifests.parse_name(entry.name) or ("", -1, -1)
+        if kind == "manifest" and (rank == info.rank or world_size != info.world_size):
+            raise CheckpointExistsError(
+                "another process saves to the same directory",
+                where=f"{directory}/{entry.name}",
+                why="it was not there when this save began; it may be damaged now",
+                remedy="see whether the script runs twice, and end one; give each run its own "
+                "directory. ray-accel-ckpt verify tells whether the checkpoint is good",
             )
 
 

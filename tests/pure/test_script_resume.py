@@ -604,10 +604,27 @@ def test_numbers_go_on_from_what_exists(tmp_path: Path) -> None:
     first = Checkpointer(project_config=project(tmp_path))
     first.save_state()
     first.save_state()
-    (tmp_path / "checkpoints" / "checkpoint_7").mkdir()
     second = Checkpointer(project_config=project(tmp_path))
-    assert Path(second.save_state()).name == "checkpoint_8"
-    assert Path(first.save_state()).name == "checkpoint_9"
+    assert Path(second.save_state()).name == "checkpoint_2"
+    (tmp_path / "checkpoints" / "checkpoint_7").mkdir()
+    assert Path(first.save_state()).name == "checkpoint_8"
+    third = Checkpointer(project_config=project(tmp_path))
+    assert Path(third.save_state()).name == "checkpoint_9"
+
+
+def test_two_that_save_at_once_get_a_name_each(tmp_path: Path) -> None:
+    """One begins a save when the other has its name, and has not written anything yet."""
+    one, two = (Checkpointer(project_config=project(tmp_path)) for _ in range(2))
+    model, other = one.prepare(network()), two.prepare(network())
+    scramble(other)
+    others = []
+    hook = one.register_save_state_pre_hook(lambda *_: others.append(two.save_state()))
+    path = one.save_state()
+    hook.remove()
+    assert [Path(path).name, Path(others[0]).name] == ["checkpoint_0", "checkpoint_1"]
+    for saved, live_one in ((path, model), (others[0], other)):
+        found = open_checkpoint(saved).state_dict("model")
+        assert all(torch.equal(found[name], t) for name, t in live_one.state_dict().items())
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ray_accel_ckpt.errors import ConfigurationError
 from ray_accel_ckpt.storage.fakes import FaultyFilesystem, MemoryFilesystem, RecordingFilesystem
 from ray_accel_ckpt.storage.filesystem import (
     ArrowFilesystem,
+    Claim,
     Entry,
     Filesystem,
     LocalFilesystem,
@@ -95,6 +97,14 @@ def test_what_is_written_is_read(place: Place) -> None:
     filesystem, root = place
     filesystem.write(f"{root}/a", [b"one", memoryview(b"two"), b"", b"three"])
     assert _read(filesystem, f"{root}/a", 0, 11) == b"onetwothree"
+
+
+def test_a_directory_that_holds_something_cannot_be_claimed(place: Place) -> None:
+    filesystem, root = place
+    assert filesystem.claim(f"{root}/one/a") is not Claim.TAKEN
+    filesystem.write(f"{root}/one/a/b", [b"bytes"])
+    assert filesystem.claim(f"{root}/one/a") is Claim.TAKEN
+    assert filesystem.claim(f"{root}/one") is Claim.TAKEN
 
 
 def test_a_copy_is_a_file_of_its_own(place: Place) -> None:
@@ -243,6 +253,17 @@ def test_a_chunk_that_fails_is_raised(place: Place) -> None:
 
 
 # --- the local disk ----------------------------------------------------------------------
+
+
+def test_a_local_directory_is_claimed_once(tmp_path: Path) -> None:
+    filesystem, path = LocalFilesystem(), f"{tmp_path}/runs/a"
+    with ThreadPoolExecutor(8) as pool:
+        claims = list(pool.map(lambda _: filesystem.claim(path), range(8)))
+    assert sorted(claim.value for claim in claims) == ["made"] + ["taken"] * 7
+    (tmp_path / "a file").write_text("x")
+    assert filesystem.claim(f"{tmp_path}/a file") is Claim.TAKEN
+    with pytest.raises(FileExistsError):
+        filesystem.claim(f"{tmp_path}/a file/below")
 
 
 def test_a_local_file_cut_off_leaves_nothing(tmp_path: Path) -> None:
