@@ -72,6 +72,7 @@ class Session:
         self._saves_at_step: dict[int, int] = {}
         self.memory: Memory | None = None
         self._names: AutomaticNames | None = None
+        self._shared = False
         self._sweeper: Sweeper | None = None
         self._being_written: set[str] = set()
         checkpoints = self.project.checkpoints_dir
@@ -198,20 +199,30 @@ class Session:
             self._sweeper.start()
 
     def next_automatic(self) -> tuple[Filesystem, str] | None:
-        """The next automatic name, rank 0's on every rank; None without automatic naming."""
+        """The next automatic name, rank 0's on every rank; None without automatic naming.
+
+        Raises:
+            StorageError: rank 0 could not find out, or not make its directory.
+            ConfigurationError: at the first save: some rank does not see that directory.
+        """
         if self._project_place is None:
             return None
         filesystem, path = self._project_place
         if self._names is None:
             self._names = AutomaticNames(filesystem, path, at_least=self.project.iteration)
-        taken, problem = None, None
+        names, (taken, made), problem = self._names, ("", False), None
         if self.group.rank == 0:
             try:
-                taken = self._names.take()
+                taken, made = names.take()
             except StorageError as e:
                 problem = e
         # Told, not just raised: the others would wait for the name.
-        name, told = self.group.from_rank_zero([taken, str(problem) if problem else None])
+        name, made, told = self.group.from_rank_zero(
+            [taken, made, str(problem) if problem else None]
+        )
         if told is not None:
             raise problem or StorageError(told)
+        if made and not self._shared:
+            self.group.agreed(lambda: None if self.group.rank == 0 else names.require_shared(name))
+            self._shared = True
         return filesystem, str(name)

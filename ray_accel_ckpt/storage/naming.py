@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 
-from ray_accel_ckpt.errors import CheckpointError, StorageError
+from ray_accel_ckpt.errors import CheckpointError, ConfigurationError, StorageError
 from ray_accel_ckpt.image import manifest as manifests
-from ray_accel_ckpt.storage.access import READ_TIMEOUT
+from ray_accel_ckpt.storage.access import READ_TIMEOUT, listed
 from ray_accel_ckpt.storage.catalog import Candidate, candidates, open_snapshot
 from ray_accel_ckpt.storage.filesystem import Claim, Filesystem
 from ray_accel_ckpt.storage.retry import retried
@@ -27,8 +27,11 @@ class AutomaticNames:
         self._next = at_least
         self._listed = False
 
-    def take(self) -> str:
+    def take(self) -> tuple[str, bool]:
         """The path of the next checkpoint, which nobody else is given: see `Filesystem.claim`.
+
+        Returns:
+            It, and whether a directory was made there.
 
         Raises:
             StorageError: the storage cannot be read, or refused to make a directory.
@@ -38,14 +41,42 @@ class AutomaticNames:
         while True:
             path = f"{self._directory}/checkpoint_{self._next}"
             self._next += 1
-            if self._claim(path) is not Claim.TAKEN:
-                return path
+            claim = self._claim(path)
+            if claim is not Claim.TAKEN:
+                return path, claim is Claim.MADE
             self._go_on()
+
+    def require_shared(self, path: str) -> None:
+        """Raise `ConfigurationError` if a directory that rank 0 has made is not there for this one.
+
+        It is made rather than looked for: network filesystems remember for seconds what was
+        absent, and whoever can make it anew has another disk. So has whoever finds files in it:
+        to be called before anybody writes there.
+
+        Raises:
+            StorageError: the storage refused.
+        """
+        if self._claim(path) is Claim.MADE:
+            self._delete(path)
+        elif not listed(self._filesystem, path):
+            return
+        raise ConfigurationError(
+            "project_dir is not shared by all ranks",
+            where=path,
+            why="rank 0 has just made this directory, and here it is another one, or none: no "
+            "checkpoint would ever be whole",
+            remedy="put project_dir where every node sees the same: on a network filesystem, or "
+            "in a bucket (s3://, gs://)",
+        )
 
     def _go_on(self) -> None:
         found = candidates(self._filesystem, self._directory)
         self._next = max([self._next, *(c.number + 1 for c in found)])
         self._listed = True
+
+    def _delete(self, path: str) -> None:
+        what, timeout = "remove a directory", READ_TIMEOUT
+        retried(lambda: self._filesystem.delete(path), what=what, where=path, timeout=timeout)
 
     def _claim(self, path: str) -> Claim:
         what = "make a directory"

@@ -17,7 +17,8 @@ from torch import nn
 
 from ray_accel_ckpt import Checkpointer, EverySteps, ProjectConfiguration, errors, open_checkpoint
 from ray_accel_ckpt.image import copies
-from ray_accel_ckpt.storage.filesystem import LocalFilesystem
+from ray_accel_ckpt.runtime import session
+from ray_accel_ckpt.storage.filesystem import Claim, Entry, LocalFilesystem
 from tests.gloo.workers import spawn, write
 from tests.training import train
 
@@ -83,6 +84,45 @@ def _uneven_models(rank: int, world_size: int, directory: Path) -> None:
 
 def test_workers_with_different_models_are_refused_at_the_first_save(tmp_path: Path) -> None:
     spawn(_uneven_models, 2, tmp_path)
+
+
+class _OwnDisk(LocalFilesystem):
+    """What each node has under one path if it is not shared."""
+
+    def _at(self, path: str) -> str:
+        return f"{path}-of-{dist.get_rank()}"
+
+    def claim(self, path: str) -> Claim:
+        return super().claim(self._at(path))
+
+    def list(self, path: str) -> list[Entry]:
+        return super().list(self._at(path))
+
+    def delete(self, path: str) -> None:
+        super().delete(self._at(path))
+
+
+def _unshared(rank: int, world_size: int, directory: Path) -> None:
+    place = (_OwnDisk(), str(directory / "project/checkpoints"))
+    with mock.patch.object(session, "resolve", lambda _: place):
+        ckpt = _checkpointer(directory, 1)
+        ckpt.prepare(nn.Linear(1, 1))
+        with pytest.raises(errors.ConfigurationError, match="not shared by all ranks"):
+            ckpt.save_state()
+        # One of another run is there, but not the one that rank 0 makes.
+        if rank == 1:
+            write(directory / "project/checkpoints/checkpoint_1-of-1/a", "a")
+        dist.barrier()
+        with pytest.raises(errors.ConfigurationError, match="not shared by all ranks"):
+            ckpt.save_state()
+    made = sorted(path.name for path in (directory / "project/checkpoints").iterdir())
+    assert made == ["checkpoint_0-of-0", "checkpoint_1-of-0", "checkpoint_1-of-1"]
+
+
+def test_a_project_directory_that_is_not_shared_is_refused_at_the_first_save(
+    tmp_path: Path,
+) -> None:
+    spawn(_unshared, 2, tmp_path)
 
 
 def _save_then_damage_then_load(rank: int, world_size: int, directory: Path) -> None:

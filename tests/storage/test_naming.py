@@ -28,13 +28,13 @@ def test_the_directory_is_listed_once(tmp_path: Path) -> None:
         LocalFilesystem(), Fault(PermissionError("no"), operation="list", nth=2, times=None)
     )
     names = AutomaticNames(disk, str(tmp_path), at_least=0)
-    assert [names.take() for _ in range(3)] == [f"{tmp_path}/checkpoint_{n}" for n in (5, 6, 7)]
+    assert [names.take()[0] for _ in range(3)] == [f"{tmp_path}/checkpoint_{n}" for n in (5, 6, 7)]
 
 
 def test_what_is_in_the_way_of_a_number_is_passed_over(tmp_path: Path) -> None:
     names = AutomaticNames(LocalFilesystem(), str(tmp_path), at_least=0)
     (tmp_path / "checkpoint_0").write_text("a file, not a directory")
-    assert names.take() == f"{tmp_path}/checkpoint_1"
+    assert names.take() == (f"{tmp_path}/checkpoint_1", True)
 
 
 def test_a_directory_that_cannot_be_made_is_a_storage_error(tmp_path: Path) -> None:
