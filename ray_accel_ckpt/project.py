@@ -19,7 +19,8 @@ class ProjectConfiguration:
             goes on from what exists and nothing is overwritten: on disks, two runs
             at once get numbers of their own.
         total_limit: keep the newest so many. An old one is removed only after
-            the new one is whole, and only directories named `checkpoint_<n>`.
+            the new one is whole, and only directories named `checkpoint_<n>`; with
+            them goes what earlier saves left that never became whole.
         iteration: the least `n` to use.
 
     Raises:

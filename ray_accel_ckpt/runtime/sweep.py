@@ -33,21 +33,18 @@ from ray_accel_ckpt.errors import (
     NotACheckpointError,
     StorageError,
 )
-from ray_accel_ckpt.image import manifest as manifests
 from ray_accel_ckpt.runtime.ray_run import RayRun
 from ray_accel_ckpt.runtime.record import Record, read_record
 from ray_accel_ckpt.storage.access import READ_TIMEOUT, listed
 from ray_accel_ckpt.storage.catalog import Candidate, candidates, open_snapshot
-from ray_accel_ckpt.storage.filesystem import Entry, Filesystem, resolve
+from ray_accel_ckpt.storage.filesystem import Filesystem, resolve
+from ray_accel_ckpt.storage.leftovers import is_ours
 from ray_accel_ckpt.storage.retry import retried
 
 logger = logging.getLogger(__name__)
 
 _IN_A_RUN = re.compile(r"checkpoint_[0-9]{8,20}_([0-9a-f]{6})(?:[0-9a-f]{2,})?")
 """As `catalog.checkpoint_name` has it: the step, then the attempt and the number at that step."""
-
-_PARTIAL = re.compile(r"\.(.+)\.[0-9a-f]+\.partial")
-"""What `LocalFilesystem` calls a file that is not whole yet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +107,7 @@ def look(
         if candidate.path == resumed_from and not _by(record.latest, living):
             adopted.append(candidate.name)
             continue
-        if not all(_ours(entry) for entry in listed(filesystem, candidate.path)):
+        if not all(is_ours(entry) for entry in listed(filesystem, candidate.path)):
             continue
         whole = _whole(filesystem, candidate)
         if whole and candidate.number > record.step:
@@ -289,12 +286,6 @@ def _by(name: str | None, attempts: Collection[str]) -> bool:
     """Whether one of these attempts saved the checkpoint."""
     named = None if name is None else _IN_A_RUN.fullmatch(name)
     return named is not None and named[1] in attempts
-
-
-def _ours(entry: Entry) -> bool:
-    partial = _PARTIAL.fullmatch(entry.name)
-    name = entry.name if partial is None else partial[1]
-    return entry.nbytes is not None and manifests.parse_name(name) is not None
 
 
 def _delete(filesystem: Filesystem, path: str) -> None:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import logging
 
 from ray_accel_ckpt.errors import CheckpointError, ConfigurationError, StorageError
-from ray_accel_ckpt.image import manifest as manifests
 from ray_accel_ckpt.storage.access import READ_TIMEOUT, listed
-from ray_accel_ckpt.storage.catalog import Candidate, candidates, open_snapshot
+from ray_accel_ckpt.storage.catalog import candidates, open_snapshot
 from ray_accel_ckpt.storage.filesystem import Claim, Filesystem
+from ray_accel_ckpt.storage.leftovers import is_ours
 from ray_accel_ckpt.storage.retry import retried
+from ray_accel_ckpt.storage.survey import Condition, condition_of
 
 logger = logging.getLogger(__name__)
+
+_PRUNE_TIMEOUT = 30.0
+"""Seconds that passing errors of removing are retried for: the next save waits meanwhile."""
 
 
 class AutomaticNames:
@@ -57,7 +61,7 @@ class AutomaticNames:
             StorageError: the storage refused.
         """
         if self._claim(path) is Claim.MADE:
-            self._delete(path)
+            _delete(self._filesystem, path)
         elif not listed(self._filesystem, path):
             return
         raise ConfigurationError(
@@ -73,10 +77,6 @@ class AutomaticNames:
         found = candidates(self._filesystem, self._directory)
         self._next = max([self._next, *(c.number + 1 for c in found)])
         self._listed = True
-
-    def _delete(self, path: str) -> None:
-        what, timeout = "remove a directory", READ_TIMEOUT
-        retried(lambda: self._filesystem.delete(path), what=what, where=path, timeout=timeout)
 
     def _claim(self, path: str) -> Claim:
         what = "make a directory"
@@ -96,34 +96,56 @@ class AutomaticNames:
 def prune(filesystem: Filesystem, directory: str, *, keep: int, newest: str) -> None:
     """Once `newest` is whole, remove the oldest checkpoints beyond `keep`.
 
-    Directories of saves that never became whole go too if they are older than
-    `newest`. A directory that holds no file of ours is the user's and stays.
+    Only whole ones count. Of what is older than `newest`, directories of saves that never
+    became whole go too, empty ones among them; one that holds no file of ours is the user's
+    and stays. Damaged ones go with those beyond `keep`. What a newer version of this library
+    wrote stays.
+
+    What storage refuses is logged and tried again by the next save: `newest` is durable.
     """
-    if not _whole(filesystem, newest):
-        return
-    found = candidates(filesystem, directory)
-    known = next((c for c in found if c.path == newest), None)
-    if known is None:
-        return
-    kept = 0
-    for candidate in found:
-        if candidate.number > known.number:
-            continue
-        whole = _whole(filesystem, candidate.path)
-        if whole and kept < keep:
-            kept += 1
-        elif whole or _ours(filesystem, candidate):
-            logger.info("removing %s: the limit is %d checkpoints", candidate.path, keep)
-            filesystem.delete(candidate.path)
-
-
-def _whole(filesystem: Filesystem, path: str) -> bool:
     try:
-        open_snapshot(filesystem, path)
-    except CheckpointError:
-        return False
-    return True
+        if _condition(filesystem, newest) is not Condition.GOOD:
+            return
+        found = candidates(filesystem, directory, timeout=_PRUNE_TIMEOUT)
+        last = next((c.number for c in found if c.path == newest), -1)
+        kept = 0
+        for candidate in found:
+            if candidate.number > last:
+                continue
+            condition = _condition(filesystem, candidate.path)
+            if condition is Condition.GOOD and kept < keep:
+                kept += 1
+            elif condition is Condition.NOT_WHOLE:
+                _remove(filesystem, candidate.path, "it never became whole")
+            elif condition in (Condition.GOOD, Condition.DAMAGED) and kept == keep:
+                _remove(filesystem, candidate.path, f"the limit is {keep} checkpoints")
+    except OSError as e:
+        logger.warning("%s: old checkpoints are removed by a later save: %s", directory, e)
 
 
-def _ours(filesystem: Filesystem, candidate: Candidate) -> bool:
-    return any(manifests.parse_name(e.name) for e in filesystem.list(candidate.path))
+def _condition(filesystem: Filesystem, path: str) -> Condition:
+    try:
+        open_snapshot(filesystem, path, timeout=_PRUNE_TIMEOUT)
+    except CheckpointError as e:
+        return condition_of(e)
+    return Condition.GOOD
+
+
+def _remove(filesystem: Filesystem, path: str, why: str) -> None:
+    """Remove a directory, unless nothing in it is ours. Without a manifest it is no checkpoint:
+    one goes first."""
+    try:
+        entries = listed(filesystem, path, timeout=_PRUNE_TIMEOUT)
+        if entries and not any(map(is_ours, entries)):
+            return
+        logger.info("removing %s: %s", path, why)
+        manifest = [e.name for e in entries if e.name.startswith("manifest-")][:1]
+        for each in (*(f"{path}/{name}" for name in manifest), path):
+            _delete(filesystem, each, timeout=_PRUNE_TIMEOUT)
+    except OSError as e:
+        # The others go all the same.
+        logger.warning("%s was not removed, a later save tries again: %s", path, e)
+
+
+def _delete(filesystem: Filesystem, path: str, *, timeout: float = READ_TIMEOUT) -> None:
+    retried(lambda: filesystem.delete(path), what="remove", where=path, timeout=timeout)
