@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -102,14 +103,15 @@ class Filesystem(Readable, Protocol):
 class LocalFilesystem:
     """A disk of this machine or one that is mounted.
 
-    A file appears whole or not at all, by renaming; it and its directory are fsynced.
+    A file appears whole or not at all, by renaming. It is fsynced, and so are its directory,
+    the one above that, which may have been made by `claim`, and those above new ones.
 
     fsync is skipped on memory-backed filesystems by the kernel itself.
     """
 
     def claim(self, path: str) -> Claim:
         target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        _fsync_above(_make(target.parent))
         try:
             target.mkdir()
         except FileExistsError:
@@ -118,7 +120,7 @@ class LocalFilesystem:
 
     def write(self, path: str, chunks: Iterable[memoryview | bytes]) -> None:
         target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        made = _make(target.parent)
         # Under another name until it is whole: a peer that looks must not find half a manifest.
         partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
@@ -137,15 +139,17 @@ class LocalFilesystem:
             partial.unlink(missing_ok=True)
             raise
         _fsync_directory(target.parent)
+        _fsync_above({target.parent, *made})
 
     def copy(self, source: str, path: str) -> None:
         target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        made = _make(target.parent)
         # Tried again after an error that came too late: what is there may be what is wanted.
         if not target.exists() or not target.samefile(source):
             target.unlink(missing_ok=True)
             target.hardlink_to(source)
         _fsync_directory(target.parent)
+        _fsync_above({target.parent, *made})
 
     def read_into(self, path: str, offset: int, buffer: memoryview) -> None:
         # Without O_NONBLOCK, a pipe under the name of a file would be waited for, for ever.
@@ -319,6 +323,23 @@ def _local_entry(entry: os.DirEntry[str]) -> Entry:
 def _ignore_absent(function: Any, path: str, info: Any) -> None:
     if not isinstance(info[1], FileNotFoundError):
         raise info[1]
+
+
+def _make(directory: Path) -> list[Path]:
+    """Make a directory and those above it; which were not there before."""
+    missing = list(takewhile(lambda each: not each.exists(), (directory, *directory.parents)))
+    directory.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def _fsync_above(directories: Iterable[Path]) -> None:
+    """Make the names of directories durable in those that they are in."""
+    for parent in {directory.parent for directory in directories}:
+        try:
+            _fsync_directory(parent)
+        except PermissionError:
+            # Not to be read by us, so what is in it was hardly made by us.
+            continue
 
 
 def _fsync_directory(path: Path) -> None:

@@ -296,7 +296,47 @@ def test_a_local_file_is_synced_before_it_gets_its_name_and_its_directory_after(
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(Path, "replace", rename)
     LocalFilesystem().write(str(tmp_path / "a"), [b"12", b"34"])
-    assert done == [("sync", False), ("rename", True), ("sync", True)]
+    assert done == [("sync", False), ("rename", True), ("sync", True), ("sync", True)]
+
+
+@pytest.mark.parametrize("way", ["write", "copy", "claim"])
+def test_new_directories_are_synced_in_those_that_they_are_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    filesystem = LocalFilesystem()
+    (tmp_path / "source").write_bytes(b"x")
+    synced, sync = set(), os.fsync
+
+    def fsync(descriptor: int) -> None:
+        synced.add(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    one, two, three = tmp_path / "1", tmp_path / "1/2", tmp_path / "1/2/3"
+    if way == "copy":
+        filesystem.copy(f"{tmp_path}/source", f"{three}/a")
+    else:
+        if way == "claim":
+            filesystem.claim(str(three))
+            assert synced == {tmp_path, one}
+        filesystem.write(f"{three}/a", [b"x"])
+    assert synced >= {tmp_path, one, two, three}
+
+
+def test_a_directory_above_that_cannot_be_read_is_no_obstacle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "home/me").mkdir(parents=True)
+    opened = os.open
+
+    def open_(path: Any, *args: Any, **kwargs: Any) -> int:
+        if Path(path).name == "home":
+            raise PermissionError(13, "Permission denied")
+        return opened(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", open_)
+    LocalFilesystem().write(f"{tmp_path}/home/me/a", [b"x"])
+    assert (tmp_path / "home/me/a").read_bytes() == b"x"
 
 
 def test_a_write_that_the_kernel_does_in_pieces(
