@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import fsspec
 import pyarrow as pa
 import pyarrow.fs as pafs
+from fsspec.implementations.local import LocalFileSystem
 
 from ray_accel_ckpt.errors import ConfigurationError
 
@@ -243,7 +244,7 @@ class ArrowFilesystem:
 
 def wrap(filesystem: pafs.FileSystem) -> Filesystem:
     """The seam over a pyarrow filesystem. Local disks are spoken to directly, to fsync."""
-    if isinstance(filesystem, pafs.LocalFileSystem):
+    if _is_local(filesystem):
         return LocalFilesystem()
     return ArrowFilesystem(filesystem)
 
@@ -261,7 +262,10 @@ def resolve(location: str | os.PathLike[str], filesystem: Any = None) -> tuple[F
     """
     path = os.fspath(location)
     if filesystem is not None:
-        return wrap(to_arrow(filesystem)), path.rstrip("/")
+        found = to_arrow(filesystem)
+        if _is_local(found):
+            path = LocalFileSystem._strip_protocol(path)
+        return wrap(found), path.rstrip("/")
     scheme, separator, _ = path.partition("://")
     if not separator:
         return LocalFilesystem(), str(Path(path).expanduser().absolute())
@@ -282,6 +286,13 @@ def to_arrow(filesystem: Any) -> pafs.FileSystem:
         f"not a filesystem: {type(filesystem).__module__}.{type(filesystem).__qualname__}",
         remedy="pass a pyarrow.fs.FileSystem or an fsspec filesystem",
     )
+
+
+def _is_local(filesystem: pafs.FileSystem) -> bool:
+    """Whether it is this machine's disks, by pyarrow or by fsspec in pyarrow's wrapping."""
+    handler = getattr(filesystem, "handler", None)
+    by_fsspec = isinstance(handler, pafs.FSSpecHandler) and isinstance(handler.fs, LocalFileSystem)
+    return by_fsspec or isinstance(filesystem, pafs.LocalFileSystem)
 
 
 def _through_fsspec(uri: str, scheme: str) -> tuple[pafs.FileSystem, str]:
