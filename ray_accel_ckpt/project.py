@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 
 from ray_accel_ckpt.errors import ConfigurationError
+from ray_accel_ckpt.location import require_location
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,8 @@ class ProjectConfiguration:
         iteration: the least `n` to use.
 
     Raises:
-        ConfigurationError: on a limit below 1, a negative iteration, or
-            automatic naming without a directory.
+        ConfigurationError: on a limit below 1, a negative iteration, a directory
+            that is none, or automatic naming without one.
     """
 
     project_dir: str | os.PathLike[str] | None = None
@@ -34,6 +35,8 @@ class ProjectConfiguration:
     iteration: int = 0
 
     def __post_init__(self) -> None:
+        if self.project_dir is not None:
+            require_location(self.project_dir, name="project_dir")
         if self.automatic_checkpoint_naming and self.project_dir is None:
             raise ConfigurationError(
                 "automatic_checkpoint_naming needs a project_dir to put checkpoints under",

@@ -111,6 +111,14 @@ def open_snapshot(filesystem: Readable, path: str, *, timeout: float = READ_TIME
                 why=f"{reference} stands for it; num_to_keep of its run may have removed it",
                 remedy="use a newer checkpoint, or keep more of them",
             )
+    if not _manifests(sizes):
+        raise NotACheckpointError(
+            "not a checkpoint of this library: no manifest there",
+            where=path,
+            why="the directory is absent, empty, holds something else, or the save was cut off",
+            remedy=_elsewhere(filesystem, path, sizes, timeout)
+            or "give the directory that holds manifest-*.json",
+        )
     world_size = _world_size(sizes, path)
     missing = [r for r in range(world_size) if manifest_name(r, world_size) not in sizes]
     if missing:
@@ -278,16 +286,21 @@ def _world_size(sizes: dict[str, int | None], path: str) -> int:
     worlds = {world_size for _, _, world_size in _manifests(sizes)}
     if len(worlds) == 1:
         return worlds.pop()
-    if worlds:
-        raise NotACheckpointError(
-            "manifests of several saves lie in one directory",
-            where=path,
-            why=f"of {', '.join(map(str, sorted(worlds)))} ranks",
-            remedy="use another checkpoint",
-        )
     raise NotACheckpointError(
-        "not a checkpoint of this library: no manifest there",
+        "manifests of several saves lie in one directory",
         where=path,
-        why="the directory is absent, empty, holds something else, or the save was cut off",
-        remedy="give the directory that holds manifest-*.json",
+        why=f"of {', '.join(map(str, sorted(worlds)))} ranks",
+        remedy="use another checkpoint",
     )
+
+
+def _elsewhere(
+    filesystem: Readable, path: str, sizes: Mapping[str, int | None], timeout: float
+) -> str:
+    """Where checkpoints are instead, if it is the directory of a run or of a project."""
+    if any(nbytes is None and step_of(name) >= 0 for name, nbytes in sizes.items()):
+        return f"there are some in {path}: give one of them"
+    below = f"{path}/checkpoints"
+    if sizes.get("checkpoints", 0) is None and candidates(filesystem, below, timeout=timeout):
+        return f"there are some in {below}: give one of them"
+    return ""

@@ -25,6 +25,7 @@ import pyarrow.fs as pafs
 from fsspec.implementations.local import LocalFileSystem
 
 from ray_accel_ckpt.errors import ConfigurationError
+from ray_accel_ckpt.location import require_location
 
 _OBJECT_STORE = re.compile(r"\b(s3a?|gcs|gs|abfss?|az|adl|oss)\b")
 
@@ -258,14 +259,16 @@ def resolve(location: str | os.PathLike[str], filesystem: Any = None) -> tuple[F
             `location` is a path on.
 
     Raises:
-        ConfigurationError: no installed package knows the URI's scheme.
+        ConfigurationError: no installed package knows the URI's scheme; an empty location, or
+            one that is none.
     """
-    path = os.fspath(location)
     if filesystem is not None:
+        path = os.fspath(location)
         found = to_arrow(filesystem)
         if _is_local(found):
             path = LocalFileSystem._strip_protocol(path)
         return wrap(found), path.rstrip("/")
+    path = require_location(location)
     scheme, separator, _ = path.partition("://")
     if not separator:
         return LocalFilesystem(), str(Path(path).expanduser().absolute())

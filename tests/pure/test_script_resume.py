@@ -804,7 +804,14 @@ def test_a_wrong_argument_is_found_at_once(tmp_path: Path, options: Any) -> None
 
 @pytest.mark.parametrize(
     "options",
-    [{"automatic_checkpoint_naming": True}, {"total_limit": 0}, {"iteration": -1}],
+    [
+        {"automatic_checkpoint_naming": True},
+        {"total_limit": 0},
+        {"iteration": -1},
+        {"project_dir": ""},
+        {"project_dir": 5},
+        {"project_dir": Path("s3://bucket/run")},
+    ],
 )
 def test_a_wrong_project_is_found_at_once(options: Any) -> None:
     with pytest.raises(errors.ConfigurationError):
@@ -822,6 +829,30 @@ def test_saving_and_loading_by_hand_need_a_place() -> None:
         Checkpointer().save_state()
     with pytest.raises(errors.ConfigurationError, match="no directory to look in"):
         Checkpointer().load_state()
+
+
+@pytest.mark.parametrize("place", ["", Path("s3://bucket/run"), "gs:/bucket/run", 5, b"bytes"])
+def test_what_is_no_place_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(errors.ConfigurationError):
+        Checkpointer().save_state(place)
+    with pytest.raises(errors.ConfigurationError):
+        Checkpointer().load_state(place)
+    with pytest.raises(errors.ConfigurationError):
+        open_checkpoint(place)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_that_checkpoints_are_in_is_no_checkpoint(tmp_path: Path) -> None:
+    ckpt = Checkpointer(project_config=project(tmp_path))
+    ckpt.save_state()
+    home = tmp_path / "checkpoints"
+    for given in (tmp_path, home):
+        for opens in (ckpt.load_state, open_checkpoint):
+            with pytest.raises(errors.NotACheckpointError, match=f"there are some in {home}:"):
+                opens(given)
 
 
 def test_a_negative_number_of_batches_cannot_be_skipped() -> None:

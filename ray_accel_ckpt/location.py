@@ -1,0 +1,43 @@
+"""Where something lies, as a path or a URI: what can be neither is refused where it is given."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+
+from ray_accel_ckpt.errors import ConfigurationError
+
+_CUT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/(?!/)")
+"""How a URI begins that was made a `pathlib.Path`: of two slashes one is left."""
+
+
+def require_location(location: Any, *, name: str = "the directory") -> str:
+    """The text of a location.
+
+    Args:
+        name: what it is, for messages.
+
+    Raises:
+        ConfigurationError: it is empty, neither text nor a path, or a URI that lost a slash.
+    """
+    text = os.fspath(location) if isinstance(location, os.PathLike) else location
+    if not isinstance(text, str):
+        raise ConfigurationError(
+            f"{name} must be a path or a URI, not {location!r}",
+            remedy="give a str or a pathlib.Path",
+        )
+    if not text:
+        raise ConfigurationError(
+            f"{name} is empty",
+            why="checkpoints would lie in the working directory, or at the root",
+            remedy="give a directory; '.' is the working directory",
+        )
+    if _CUT.match(text):
+        raise ConfigurationError(
+            f"{name} is a URI that has lost a slash: {text!r}",
+            why="pathlib.Path makes one slash of two, and a local directory of that name is hardly "
+            "meant",
+            remedy=f"give it as text: {text.replace(':/', '://', 1)!r}; begin a local path with ./",
+        )
+    return text
