@@ -485,6 +485,7 @@ class Checkpointer:
                 if input_dir is None
                 else restorer.exactly(path)
             )
+        self._session.loaded |= restored is not None
         if input_dir is None:
             self._begin_life(filesystem, path, restored, registered.latest)
             self._chronicle.begin(restored, seconds=time.perf_counter() - begin)

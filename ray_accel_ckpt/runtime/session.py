@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 from functools import cached_property
@@ -26,7 +27,9 @@ from ray_accel_ckpt.runtime.ray_run import (
 from ray_accel_ckpt.runtime.sweep import Sweeper
 from ray_accel_ckpt.storage.background import BackgroundWriter
 from ray_accel_ckpt.storage.filesystem import Filesystem, resolve
-from ray_accel_ckpt.storage.naming import AutomaticNames
+from ray_accel_ckpt.storage.naming import AutomaticNames, newest_whole
+
+logger = logging.getLogger(__name__)
 
 _ATTEMPTS: set[str] = set()
 """Of all Checkpointers of this process: what one sweeps, another may be saving."""
@@ -41,6 +44,7 @@ class Session:
         seed: of data orders and augmentation.
         memory: the memory tier, if it is wanted; None in Ray's local mode.
         timeout: seconds that passing storage errors are retried for.
+        loaded: whether a state was loaded.
 
     Raises:
         ConfigurationError: saves are wanted and there is nowhere to put them, or
@@ -66,6 +70,7 @@ class Session:
         self.seed = 0
         self._given_seed = seed
         self.plan_checked = False
+        self.loaded = False
         self.plans = Plans()
         self.frozen = FrozenShare()
         self.told_of_local_mode = False
@@ -208,11 +213,13 @@ class Session:
         if self._project_place is None:
             return None
         filesystem, path = self._project_place
-        if self._names is None:
-            self._names = AutomaticNames(filesystem, path, at_least=self.project.iteration)
-        names, (taken, made), problem = self._names, ("", False), None
+        first = self._names is None
+        names = self._names or AutomaticNames(filesystem, path, at_least=self.project.iteration)
+        self._names, (taken, made), problem = names, ("", False), None
         if self.group.rank == 0:
             try:
+                if first and not self.loaded:
+                    self._warn_of_earlier(filesystem, path)
                 taken, made = names.take()
             except StorageError as e:
                 problem = e
@@ -226,3 +233,19 @@ class Session:
             self.group.agreed(lambda: None if self.group.rank == 0 else names.require_shared(name))
             self._shared = True
         return filesystem, str(name)
+
+    def _warn_of_earlier(self, filesystem: Filesystem, directory: str) -> None:
+        """What is saved now will be taken for the newest, and may displace what is there."""
+        earlier = newest_whole(filesystem, directory)
+        if earlier is None:
+            return
+        limit = self.project.total_limit
+        logger.warning(
+            "%s holds checkpoints of earlier training, the newest %s of step %d, and nothing was "
+            "loaded: training began anew, and what it saves counts as newer%s. To go on from "
+            "there, call load_state() before the loop; to begin anew, use another project_dir",
+            directory,
+            earlier.where.rpartition("/")[2],
+            earlier.step,
+            "" if limit is None else f"; total_limit={limit} removes the earlier ones",
+        )

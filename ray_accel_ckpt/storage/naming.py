@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from ray_accel_ckpt.errors import CheckpointError, ConfigurationError, StorageError
+from ray_accel_ckpt.image.reader import Snapshot
 from ray_accel_ckpt.storage.access import READ_TIMEOUT, listed
 from ray_accel_ckpt.storage.catalog import candidates, open_snapshot
 from ray_accel_ckpt.storage.filesystem import Claim, Filesystem
@@ -91,6 +92,20 @@ class AutomaticNames:
                 why=f"{type(e).__name__}: {e}",
                 remedy="make the bucket or the mount that the path begins with; neither is created",
             ) from e
+
+
+def newest_whole(filesystem: Filesystem, directory: str) -> Snapshot | None:
+    """The checkpoint with the highest number of those that are whole; None if none is.
+
+    Raises:
+        StorageError: the storage cannot be read.
+    """
+    for candidate in candidates(filesystem, directory):
+        try:
+            return open_snapshot(filesystem, candidate.path)
+        except CheckpointError:
+            continue
+    return None
 
 
 def prune(filesystem: Filesystem, directory: str, *, keep: int, newest: str) -> None:

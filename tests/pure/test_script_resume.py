@@ -636,6 +636,30 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     assert before.items() <= contents(home).items()
 
 
+def test_a_load_that_was_forgotten_is_told_at_the_first_save(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def saves(*, load: bool) -> str:
+        caplog.clear()
+        ckpt = Checkpointer(project_config=project(tmp_path, total_limit=2))
+        prepared(ckpt)
+        if load:
+            ckpt.load_state()
+        for _ in range(2):
+            ckpt.step()
+            ckpt.save_state()
+        return caplog.text
+
+    with caplog.at_level("WARNING"):
+        (tmp_path / "checkpoints" / "checkpoint_0").mkdir(parents=True)
+        assert "nothing was loaded" not in saves(load=False)
+        assert "nothing was loaded" not in saves(load=True)
+        told = saves(load=False)
+    assert told.count("nothing was loaded") == 1
+    assert "the newest checkpoint_4 of step 4" in told
+    assert "total_limit=2 removes" in told
+
+
 def test_numbers_begin_at_iteration(tmp_path: Path) -> None:
     ckpt = Checkpointer(project_config=project(tmp_path, iteration=5))
     assert Path(ckpt.save_state()).name == "checkpoint_5"
