@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from ray_accel_ckpt.image.image import Image
 from ray_accel_ckpt.storage.filesystem import Filesystem
 from ray_accel_ckpt.storage.writer import refuse_overwriting, write_image
 
+logger = logging.getLogger(__name__)
+
 
 class BackgroundWriter:
-    """Writes one image after the other. An error is kept until it is asked for."""
+    """Writes one image after the other. An error is logged at once, and kept until it is asked for.
+
+    At its end the process waits until all of them are written.
+    """
 
     def __init__(self, *, timeout: float) -> None:
         self._timeout = timeout
@@ -38,33 +44,50 @@ class BackgroundWriter:
 
         def write() -> None:
             try:
-                write_image(
-                    filesystem,
-                    directory,
-                    image,
-                    timeout=self._timeout,
-                    before_manifest=lambda: refuse_overwriting(
-                        filesystem, directory, image.info, timeout=self._timeout
-                    ),
-                )
-            finally:
-                release()
-            after()
+                try:
+                    write_image(
+                        filesystem,
+                        directory,
+                        image,
+                        timeout=self._timeout,
+                        before_manifest=lambda: refuse_overwriting(
+                            filesystem, directory, image.info, timeout=self._timeout
+                        ),
+                    )
+                finally:
+                    release()
+                after()
+            except BaseException as e:
+                # A script may end before it asks. One line: who asks gets the traceback.
+                logger.error("while saving to %s: %s", directory, _line(e))  # noqa: TRY400
+                raise
 
         with self._lock:
             self._pending.append(self._pool.submit(write))
 
     def flush(self) -> None:
-        """Wait until everything submitted is durable. Raises what a write failed with."""
+        """Wait until nothing is being written. Raises as `raise_earlier`."""
         with self._lock:
-            pending, self._pending = self._pending, []
-        for future in pending:
-            future.result()
+            pending = list(self._pending)
+        wait(pending)
+        self.raise_earlier()
 
     def raise_earlier(self) -> None:
-        """Raise what an earlier write failed with, once."""
+        """Raise what writes have failed with since this was last asked: the first such error.
+
+        The others are notes of it.
+        """
         with self._lock:
-            done = [f for f in self._pending if f.done()]
-            self._pending = [f for f in self._pending if not f.done()]
-        for future in done:
-            future.result()
+            done = [future for future in self._pending if future.done()]
+            self._pending = [future for future in self._pending if future not in done]
+        failures = [e for future in done if (e := future.exception()) is not None]
+        if failures:
+            first, *others = failures
+            for other in others:
+                first.add_note(f"and a later save failed: {_line(other)}")
+            raise first
+
+
+def _line(error: BaseException) -> str:
+    said = "; ".join(line.strip() for line in str(error).splitlines())
+    return f"{type(error).__name__}: {said}"
