@@ -55,23 +55,35 @@ class Group:
         Raises:
             AccelCkptError: the first rank's failure, of its kind: what is done about it
                 depends on that. On the other ranks a class that is not in `errors` is
-                the one there that it is derived from.
+                the one there that it is derived from. Of what this library does not raise
+                itself, that rank raises its own error, and the others one that names it.
         """
         result, problem = None, None
         try:
             result = work()
-        except AccelCkptError as e:
+        except Exception as e:  # noqa: BLE001 - raised below, by all
             problem = e
-        told = self.gather(
-            [errors.documented(type(problem)).__name__, str(problem)] if problem else None
-        )
+        told = self.gather(None if problem is None else _told(problem))
         for rank, failure in enumerate(told):
             if failure is not None and rank == self.rank and problem is not None:
                 raise problem
             if failure is not None:
-                kind: type[AccelCkptError] = getattr(errors, failure[0])
-                raise kind(f"rank {rank} found: {failure[1]}") from problem
+                raise _error(rank, *failure) from problem
         return result  # type: ignore[return-value]
+
+    def of_rank_zero(self, work: Callable[[], Any]) -> Any:
+        """What `work` returns on rank 0 (JSON), the only one that does it. Raises as `agreed`."""
+        result, problem = None, None
+        if self.rank == 0:
+            try:
+                result = work()
+            except Exception as e:  # noqa: BLE001 - raised below, by all
+                problem = e
+        failure = None if problem is None else _told(problem)
+        result, failure = self.from_rank_zero([result, failure])
+        if failure is not None:
+            raise problem or _error(0, *failure)
+        return result
 
     def broadcast(self, buffer: torch.Tensor, source: int) -> None:
         """Fill `buffer` (uint8, on the host) on every rank with rank `source`'s bytes."""
@@ -102,6 +114,21 @@ class Group:
 
 def _initialized() -> bool:
     return dist.is_available() and dist.is_initialized()
+
+
+def _told(problem: Exception) -> tuple[str, str]:
+    """What peers are told of an error: its kind, if it is one of this library's, and its words."""
+    if isinstance(problem, AccelCkptError):
+        return errors.documented(type(problem)).__name__, str(problem)
+    return "", f"{type(problem).__name__}: {problem}"
+
+
+def _error(rank: int, kind: str, words: str) -> AccelCkptError:
+    """The error of a peer."""
+    if kind:
+        known: type[AccelCkptError] = getattr(errors, kind)
+        return known(f"rank {rank} found: {words}")
+    return AccelCkptError(f"rank {rank} failed", why=words, remedy="its own error says where")
 
 
 def _raw(tensor: torch.Tensor) -> bytes:

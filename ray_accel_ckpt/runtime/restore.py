@@ -149,9 +149,13 @@ class Restorer:
         snapshot = self.group.agreed(lambda: self._open(filesystem, path))
         plan = self.group.agreed(lambda: self.decide(snapshot))
         rank = self.group.rank
-        tensors = self.group.agreed(lambda: Destination(plan, snapshot, rank, self.device))
         together = self.broadcast and self.group.world_size > 1
-        wanted = Wanted(plan, snapshot, tensors, rank, together=together)
+
+        def made() -> tuple[Destination, Wanted]:
+            tensors = Destination(plan, snapshot, rank, self.device)
+            return tensors, Wanted(plan, snapshot, tensors, rank, together=together)
+
+        tensors, wanted = self.group.agreed(made)
         self._require_same(wanted, path)
         readers = self._readers(snapshot, kept)
         staged = self.group.agreed(
@@ -162,8 +166,7 @@ class Restorer:
         states = self.group.agreed(lambda: self._understood(plan, tensors))
         # All of it is read, proved and understood, on every rank. From here on state changes.
         dealer.deal(live=True)
-        for (part, _), state in zip(plan.parts, states, strict=True):
-            part.apply(state)
+        self.group.agreed(lambda: _apply(plan, states))
         applied = frozenset(part.name for part, _ in plan.parts)
         return Restored(snapshot=snapshot, path=path, parts=applied, kept=kept is not None)
 
@@ -188,13 +191,11 @@ class Restorer:
         The run's own checkpoints, and those of another run that it began from.
         """
 
-        def lists() -> tuple[list[str], list[str]] | None:
-            if self.group.rank != 0:
-                return None
+        def lists() -> tuple[list[str], list[str]]:
             own = [candidate.path for candidate in candidates(self.filesystem, directory)]
             return own, inherited(self.filesystem, directory)
 
-        own, begun_from = self.group.from_rank_zero(self.group.agreed(lists))
+        own, begun_from = self.group.of_rank_zero(lists)
         return own, begun_from
 
     def _require_same(self, wanted: Wanted, path: str) -> None:
@@ -259,6 +260,11 @@ class Restorer:
             staged.read(fetch, buffer[at : at + staged.nbytes], where=fetch.path(stored))
             at += padded(staged.nbytes)
         return mine
+
+
+def _apply(plan: Plan, states: Sequence[Any]) -> None:
+    for (part, _), state in zip(plan.parts, states, strict=True):
+        part.apply(state)
 
 
 def _newest_first(paths: Iterable[str], registered: Sequence[str]) -> list[str]:

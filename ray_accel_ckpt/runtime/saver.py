@@ -45,6 +45,7 @@ class Saver:
 
     def save(self, sink: Sink, *, step: int, epoch: int, metrics: Metrics) -> None:
         """Save what the bundle holds now. Blocks until it is frozen; see `Checkpointer.step`."""
+        session = self._session
         self._slots.settle()
         waited = self._slots.take_waited()
         if self._measured:
@@ -52,7 +53,7 @@ class Saver:
         self._measured = sink.of_run
         if not sink.of_run:
             # It takes other times, and nobody resumes from it.
-            moment = self._moment(sink.path, step=step, epoch=epoch)
+            moment = session.first(lambda: self._moment(sink.path, step=step, epoch=epoch))
             sink.save(moment, self._slots, metrics=metrics, durable=lambda nbytes: None)
             return
         self._chronicle.begin()
@@ -64,7 +65,7 @@ class Saver:
                 seconds = time.perf_counter() - begin
                 self._chronicle.durable(sink.path, step=step, nbytes=nbytes, seconds=seconds)
 
-            moment = self._moment(sink.path, step=step, epoch=epoch)
+            moment = session.first(lambda: self._moment(sink.path, step=step, epoch=epoch))
             sink.save(moment, self._slots, metrics=metrics, durable=durable)
         blocked = waited + time.perf_counter() - begin
         self._chronicle.frozen(sink.path, step=step, epoch=epoch, blocked=blocked)

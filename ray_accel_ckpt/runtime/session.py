@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+from collections.abc import Callable
 from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 
-from ray_accel_ckpt.errors import ConfigurationError, StorageError
+from ray_accel_ckpt.errors import ConfigurationError
 from ray_accel_ckpt.image.frozen import FrozenShare
 from ray_accel_ckpt.image.planned import Plans
 from ray_accel_ckpt.memory import MemoryTier
@@ -30,6 +32,8 @@ from ray_accel_ckpt.storage.filesystem import Filesystem, resolve
 from ray_accel_ckpt.storage.naming import AutomaticNames, newest_whole
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _ATTEMPTS: set[str] = set()
 """Of all Checkpointers of this process: what one sweeps, another may be saving."""
@@ -120,6 +124,13 @@ class Session:
         if self.memory is not None:
             self.memory.open(self.attempt)
 
+    def first(self, work: Callable[[], T]) -> T:
+        """What `work` returns: what comes before the plans of the group's first save are compared.
+
+        Until they are, its failure on one rank is that of all, which would wait for that rank.
+        """
+        return work() if self.plan_checked else self.group.agreed(work)
+
     def next_save_id(self, step: int) -> str:
         """What names one save of a step: the attempt, and a number if it is not the first."""
         serial = self._saves_at_step.get(step, 0)
@@ -176,8 +187,12 @@ class Session:
         run = self.run
         if run is None:
             return Registered()
-        found = self.group.agreed(lambda: run.registered() if self.group.rank == 0 else None)
-        names, metrics = self.group.from_rank_zero(found and [found.names, found.metrics])
+
+        def asked() -> tuple[Any, ...]:
+            found = run.registered()
+            return found.names, found.metrics
+
+        names, metrics = self.group.of_rank_zero(asked)
         return Registered(names=tuple(names), metrics=metrics)
 
     def kept(self) -> Kept | None:
@@ -215,20 +230,14 @@ class Session:
         filesystem, path = self._project_place
         first = self._names is None
         names = self._names or AutomaticNames(filesystem, path, at_least=self.project.iteration)
-        self._names, (taken, made), problem = names, ("", False), None
-        if self.group.rank == 0:
-            try:
-                if first and not self.loaded:
-                    self._warn_of_earlier(filesystem, path)
-                taken, made = names.take()
-            except StorageError as e:
-                problem = e
-        # Told, not just raised: the others would wait for the name.
-        name, made, told = self.group.from_rank_zero(
-            [taken, made, str(problem) if problem else None]
-        )
-        if told is not None:
-            raise problem or StorageError(told)
+        self._names = names
+
+        def take() -> tuple[str, bool]:
+            if first and not self.loaded:
+                self._warn_of_earlier(filesystem, path)
+            return names.take()
+
+        name, made = self.group.of_rank_zero(take)
         if made and not self._shared:
             self.group.agreed(lambda: None if self.group.rank == 0 else names.require_shared(name))
             self._shared = True

@@ -120,7 +120,7 @@ class RaySink:
         self.of_run = True
 
     def save(self, moment: Moment, slots: SlotPool, *, metrics: Metrics, durable: Durable) -> None:
-        plain = plain_metrics(metrics)
+        plain = self._session.first(lambda: plain_metrics(metrics))
         memory = self._session.memory
         frozen = [(self._session.frozen, self.of_run)]
         if memory is not None and memory.on:
@@ -190,13 +190,7 @@ class DirectorySink:
         # Before a slot is taken: whoever is told of an earlier failure may go on saving.
         session.writer.raise_earlier()
         if not self._automatic:
-            refuse_other_checkpoint(
-                self._filesystem,
-                self.path,
-                attempt=self._save_id,
-                step=moment.step,
-                timeout=session.timeout,
-            )
+            session.first(lambda: self._refuse_other(moment.step))
         (image,), slot = freeze(
             moment,
             slots,
@@ -215,6 +209,15 @@ class DirectorySink:
             image,
             release=lambda: slots.release(slot),
             after=after,
+        )
+
+    def _refuse_other(self, step: int) -> None:
+        refuse_other_checkpoint(
+            self._filesystem,
+            self.path,
+            attempt=self._save_id,
+            step=step,
+            timeout=self._session.timeout,
         )
 
     def _prune(self) -> None:
@@ -251,7 +254,9 @@ def freeze(
     """
     rank, world_size = session.group.rank, session.group.world_size
     captured = moment.captured
-    planned = session.plans.of(captured, rank=rank, world_size=world_size, frozen=moment.frozen)
+    planned = session.first(
+        lambda: session.plans.of(captured, rank=rank, world_size=world_size, frozen=moment.frozen)
+    )
     _check_plan(session, planned.digest)
     unchanging = planned.frozen
     if session.memory is not None:

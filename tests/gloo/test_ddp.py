@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -123,6 +124,72 @@ def test_a_project_directory_that_is_not_shared_is_refused_at_the_first_save(
     tmp_path: Path,
 ) -> None:
     spawn(_unshared, 2, tmp_path)
+
+
+class _Failing:
+    """A registered object that one worker cannot save, or cannot load, for once."""
+
+    def __init__(self, *, fails: str) -> None:
+        self.fails = fails
+
+    def _fail(self, where: str) -> None:
+        if where == self.fails:
+            self.fails = ""
+            raise RuntimeError(f"out of memory: {where}")
+
+    def state_dict(self) -> dict[str, Any]:
+        self._fail("state_dict")
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._fail("load_state_dict")
+
+
+def _failed_by(rank: int, failing: int) -> Any:
+    """The failing worker raises its own error, the others one that names it."""
+    if rank == failing:
+        return pytest.raises(RuntimeError, match=r"^out of memory")
+    words = rf"(?s)rank {failing} failed.*RuntimeError: out of memory"
+    return pytest.raises(errors.AccelCkptError, match=words)
+
+
+def _fail_alone(rank: int, world_size: int, directory: Path) -> None:
+    # Without a word from the one that failed, the others wait for so long.
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=30))  # type: ignore[attr-defined]
+    ckpt = _checkpointer(directory, 1)
+    ckpt.prepare(nn.Linear(4, 4))
+    failing = _Failing(fails="state_dict" if rank == 1 else "")
+    ckpt.register_for_checkpointing(failing, per_rank=True)
+    with _failed_by(rank, 1):
+        ckpt.save_state()
+
+    def save_hook(models: Any, weights: Any, output_dir: str) -> None:
+        if rank == 0:
+            raise RuntimeError("out of memory: save hook")
+
+    removed = ckpt.register_save_state_pre_hook(save_hook)
+    with _failed_by(rank, 0):
+        ckpt.save_state()
+    removed.remove()
+    ckpt.save_state()
+    dist.barrier()
+
+    def load_hook(models: Any, input_dir: str) -> None:
+        if rank == 1:
+            raise RuntimeError("out of memory: load hook")
+
+    removed = ckpt.register_load_state_pre_hook(load_hook)
+    with _failed_by(rank, 1):
+        ckpt.load_state()
+    removed.remove()
+    failing.fails = "load_state_dict" if rank == 1 else ""
+    with _failed_by(rank, 1):
+        ckpt.load_state()
+    assert ckpt.load_state()
+
+
+def test_what_fails_on_one_worker_fails_on_all_and_leaves_nobody_waiting(tmp_path: Path) -> None:
+    spawn(_fail_alone, 2, tmp_path)
 
 
 def _save_then_damage_then_load(rank: int, world_size: int, directory: Path) -> None:
