@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
@@ -332,17 +333,19 @@ class Checkpointer:
     def finish(self) -> None:
         """Save the end, if saves are on and it is not saved yet, and flush.
 
-        `epochs` calls it. A loop that counts its epochs in another way calls it
-        when it is over, on every rank, so that the latest checkpoint is its result.
+        Every rank must call it; `epochs` does. A loop that counts its epochs in another way
+        calls it when it is over, so that the latest checkpoint is its result. An end that
+        could not be saved is saved when all call it again.
 
         Raises:
-            StorageError: as `flush`.
+            StorageError, TornSnapshotError: as `flush`, on every rank if on one.
         """
         # An epoch of its own, without data: what is saved now belongs to the end.
         self._watch.begin()
-        if self._policy is not None and self._saved_at != self._position():
-            self._save(self._sink(), self._last_metrics)
-        self.flush()
+        agreed = self._session.agreed
+        if self._policy is not None and not self._is_saved():
+            agreed(lambda: self._save(self._sink(), self._last_metrics))
+        agreed(self.flush)
         self._chronicle.end()
 
     @property
@@ -404,7 +407,7 @@ class Checkpointer:
         Raises:
             UnsupportedStateError, ConfigurationError: as `step` does.
         """
-        if self._heartbeat.tick() and self._saved_at != self._position():
+        if self._heartbeat.tick() and not self._is_saved():
             self._save(self._sink(), self._last_metrics)
 
     # --- saving and loading ------------------------------------------------------------
@@ -499,15 +502,19 @@ class Checkpointer:
         return restored is not None
 
     def flush(self) -> None:
-        """Wait until everything saved without Ray is durable; Ray flushes at the end of its loop.
+        """Wait until nothing that this rank saved without Ray is being written any more.
 
-        With `memory`, also until the latest snapshot is kept where it is to be.
+        If it returns, all of it since the last error is durable. With `memory`, also the latest
+        snapshot is kept where it is to be, or a warning said why not. Ray waits itself for what
+        was reported to it, at the end of its loop.
 
         Raises:
-            StorageError: what a save in the background failed with.
+            StorageError: what a save in the background failed with; what later ones failed
+                with are its notes. Told once: by this, or by the call that saves or loads next.
             TornSnapshotError: see `overlap`.
         """
-        self._saver.flush()
+        with self._doubting():
+            self._saver.flush()
 
     # --- inside ------------------------------------------------------------------------
 
@@ -532,10 +539,24 @@ class Checkpointer:
         if sink is None:
             return ""
         step, epoch = self._position()
-        self._saver.save(sink, step=step, epoch=epoch, metrics=metrics)
+        with self._doubting():
+            self._saver.save(sink, step=step, epoch=epoch, metrics=metrics)
         if sink.of_run:
             self._saved_at = (step, epoch)
         return sink.path
+
+    @contextmanager
+    def _doubting(self) -> Iterator[None]:
+        """An error may be what the last save failed with: then its position is not saved."""
+        try:
+            yield
+        except Exception:
+            self._saved_at = None
+            raise
+
+    def _is_saved(self) -> bool:
+        """Whether no rank knows better than that the state as it is now is saved. Collective."""
+        return all(self._session.group.gather(self._saved_at == self._position()))
 
     def _begin_life(
         self, filesystem: Filesystem, run: str, restored: Restored | None, registered: str | None

@@ -124,6 +124,14 @@ class Session:
         if self.memory is not None:
             self.memory.open(self.attempt)
 
+    def agreed(self, work: Callable[[], T]) -> T:
+        """What `work`, which saves, returns; its failure on one rank is that of all.
+
+        Not in a Ray run: there the failure of one ends the attempt of all, and the others may
+        be waiting for it in Ray's `report`.
+        """
+        return work() if self.run is not None else self.group.agreed(work)
+
     def first(self, work: Callable[[], T]) -> T:
         """What `work` returns: what comes before the plans of the group's first save are compared.
 

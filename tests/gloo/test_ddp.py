@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch import nn
 from ray_accel_ckpt import Checkpointer, EverySteps, ProjectConfiguration, errors, open_checkpoint
 from ray_accel_ckpt.image import copies
 from ray_accel_ckpt.runtime import session
+from ray_accel_ckpt.storage import background
 from ray_accel_ckpt.storage.filesystem import Claim, Entry, LocalFilesystem
 from tests.gloo.workers import spawn, write
 from tests.training import train
@@ -192,6 +193,37 @@ def test_what_fails_on_one_worker_fails_on_all_and_leaves_nobody_waiting(tmp_pat
     spawn(_fail_alone, 2, tmp_path)
 
 
+def _last_save_fails_alone(rank: int, world_size: int, directory: Path) -> None:
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=30))  # type: ignore[attr-defined]
+    ckpt = _checkpointer(directory, 1)
+    ckpt.prepare(nn.Linear(4, 4))
+
+    def write_image(*args: Any, **options: Any) -> None:
+        if rank == 1:
+            raise errors.StorageError("no space")
+        background_write(*args, **options)
+
+    background_write = background.write_image
+    with mock.patch.object(background, "write_image", write_image):
+        ckpt.step()
+        # Told before the others have a chance to hear of it.
+        with contextlib.ExitStack() as told:
+            if rank == 1:
+                told.enter_context(pytest.raises(errors.StorageError, match="no space"))
+            ckpt.flush()
+        with pytest.raises(errors.StorageError, match="no space"):
+            ckpt.finish()
+    ckpt.finish()
+    assert open_checkpoint(directory / "project/checkpoints/checkpoint_2").step == 1
+    dist.barrier()
+    ckpt.finish()
+    assert not (directory / "project/checkpoints/checkpoint_3").exists()
+
+
+def test_an_end_that_one_worker_could_not_save_is_saved_again_by_all(tmp_path: Path) -> None:
+    spawn(_last_save_fails_alone, 2, tmp_path)
+
+
 def _save_then_damage_then_load(rank: int, world_size: int, directory: Path) -> None:
     ckpt = _checkpointer(directory, 1)
     torch.manual_seed(0)
@@ -287,7 +319,7 @@ def _reads(rank: int, world_size: int, directory: Path) -> None:
     write(directory / f"refused-{rank}", str(caught.value.where))
 
 
-@contextmanager
+@contextlib.contextmanager
 def counted_reads() -> Iterator[list[int]]:
     """The bytes of shards that this process asks for."""
     read, lengths = LocalFilesystem.read_into, []
