@@ -454,7 +454,8 @@ class Checkpointer:
     ) -> bool:
         """Bring back a state, all of it or none. Every rank must call it.
 
-        Call it last before the loop: the random streams are restored by it.
+        Call it last before the loop: the random streams are restored by it. What was saved
+        without Ray is awaited first, so that the newest is found.
 
         Args:
             input_dir: a checkpoint, loaded or an error. None: the newest good one
@@ -471,9 +472,12 @@ class Checkpointer:
             StateMismatchError: the checkpoint is of another state; nothing was changed.
             NoUsableCheckpointError: there are checkpoints and none is good.
             CheckpointError: what is wrong with `input_dir`.
+            StorageError: storage cannot be read, or a save before failed and nobody was told:
+                then nothing was loaded, and the next call loads.
+            TornSnapshotError: as `flush`.
         """
         self._session.agree()
-        self._slots.settle()
+        self._session.group.agreed(self.flush)
         only = None if parts is None else tuple(parts)
         place = self._session.source(input_dir)
         if place is None:

@@ -96,7 +96,8 @@ class Restorer:
         over with a warning that names the file and the fault. One that was
         never written whole is none: a run cut off in its first save starts anew.
         A run that began from a checkpoint of another one begins from it again
-        as long as it has none of its own (`catalog.inherited`).
+        as long as it has none of its own (`catalog.inherited`). If none is good it lists
+        again: whoever else writes to the run may have removed what was listed, for something newer.
 
         Args:
             registered: names of the checkpoints of this run that Ray knows of, the latest
@@ -112,28 +113,36 @@ class Restorer:
                 older one would throw away what it holds.
             StateMismatchError: the newest good one is of another state.
         """
-        faults = []
-        own, begun_from = self._listed(directory)
-        whole = bool(registered) or bool(begun_from)
+        faults: dict[str, str] = {}
+        whole = bool(registered)
         in_memory = [] if kept is None else kept.paths()
-        for path in [*_newest_first([*in_memory, *own], registered), *begun_from]:
-            try:
-                return self._load(path, kept if path in in_memory else None)
-            except FormatVersionError:
-                raise
-            except CheckpointError as e:
-                # What is in memory does not say that anything was ever saved.
-                stored = path not in in_memory
-                whole = whole or (stored and not isinstance(e, NotACheckpointError))
-                faults.append(f"{path}: {e}")
-                if self.group.rank == 0:
-                    logger.warning("passing over a checkpoint that is not good: %s", faults[-1])
+        while True:
+            own, begun_from = self._listed(directory)
+            whole = whole or bool(begun_from)
+            found = [*_newest_first([*in_memory, *own], registered), *begun_from]
+            untried = [path for path in found if path not in faults]
+            if not untried:
+                break
+            for path in untried:
+                try:
+                    return self._load(path, kept if path in in_memory else None)
+                except FormatVersionError:
+                    raise
+                except CheckpointError as e:
+                    # What is in memory does not say that anything was ever saved.
+                    stored = path not in in_memory
+                    whole = whole or (stored and not isinstance(e, NotACheckpointError))
+                    faults[path] = f"{path}: {e}"
+                    if self.group.rank == 0:
+                        logger.warning(
+                            "passing over a checkpoint that is not good: %s", faults[path]
+                        )
         if not whole:
             return None
         raise NoUsableCheckpointError(
             f"none of {len(faults)} checkpoints can be loaded",
             where=directory,
-            why="\n".join(faults) or "Ray knows of a checkpoint, and there is none",
+            why="\n".join(faults.values()) or "Ray knows of a checkpoint, and there is none",
             remedy="see what damaged them; to start anew all the same, use another run name",
         )
 

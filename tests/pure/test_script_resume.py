@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from ray_accel_ckpt import (
     open_checkpoint,
 )
 from ray_accel_ckpt.image import copies
+from ray_accel_ckpt.storage import background
 from tests.pure.helpers import (
     OPTIONS,
     Noisy,
@@ -733,6 +735,55 @@ def test_loading_says_from_where(tmp_path: Path) -> None:
 
 
 # --- a part of it ----------------------------------------------------------------------
+
+
+def test_loading_waits_for_what_the_process_itself_saves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ckpt = checkpointer(tmp_path, every=1)
+    ckpt.prepare(nn.Linear(1, 1))
+    ckpt.step()
+    ckpt.flush()
+    waited_for = threading.Event()
+    write_image, wait = background.write_image, background.wait
+
+    def held_back(*args: Any, **options: Any) -> None:
+        assert waited_for.wait(60)
+        write_image(*args, **options)
+
+    def waiting(pending: Any) -> Any:
+        waited_for.set()
+        return wait(pending)
+
+    monkeypatch.setattr(background, "write_image", held_back)
+    monkeypatch.setattr(background, "wait", waiting)
+    ckpt.step()
+    try:
+        assert ckpt.load_state()
+        assert ckpt.global_step == 2
+    finally:
+        waited_for.set()
+
+
+def test_a_save_that_failed_is_told_before_an_older_one_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ckpt = checkpointer(tmp_path, every=1)
+    ckpt.prepare(nn.Linear(1, 1))
+    ckpt.step()
+    ckpt.flush()
+
+    def full(*args: Any, **options: Any) -> None:
+        raise errors.StorageError("no space")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(background, "write_image", full)
+        ckpt.step()
+        with pytest.raises(errors.StorageError, match="no space"):
+            ckpt.load_state()
+    assert ckpt.global_step == 2
+    assert ckpt.load_state()
+    assert ckpt.global_step == 1
 
 
 def test_the_model_alone(tmp_path: Path) -> None:

@@ -54,6 +54,23 @@ def test_the_newest_good_one_is_chosen(memory: MemoryFilesystem) -> None:
     assert into.bits() == Small(2).bits()
 
 
+def test_what_goes_while_it_is_read_is_made_up_for_by_what_came(memory: MemoryFilesystem) -> None:
+    """Another process saves, and removes what is too old, between listing and reading."""
+
+    class Pruned(MemoryFilesystem):
+        def read_into(self, path: str, offset: int, buffer: memoryview) -> None:
+            if self.files.keys() == before:
+                save(self, 2)
+                self.delete(f"{RUN}/checkpoint_1")
+            super().read_into(path, offset, buffer)
+
+    save(memory, 1)
+    before = memory.files.keys()
+    into = Small(9)
+    assert newest(Pruned(memory.files), into) is not None
+    assert into.bits() == Small(2).bits()
+
+
 def test_an_empty_run_has_none(memory: MemoryFilesystem) -> None:
     assert newest(memory, Small(9)) is None
 
