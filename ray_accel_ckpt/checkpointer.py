@@ -35,6 +35,7 @@ from ray_accel_ckpt.state.hooks import Hooks, LoadHook, SaveHook
 from ray_accel_ckpt.state.loader import PreparedLoader
 from ray_accel_ckpt.state.parts import ProgressPart
 from ray_accel_ckpt.state.passes import EpochWatch
+from ray_accel_ckpt.state.scaling import ScalerPart
 from ray_accel_ckpt.state.skipping import SkippedLoader
 from ray_accel_ckpt.storage.filesystem import Filesystem
 
@@ -53,7 +54,12 @@ class Checkpointer:
             `ProjectConfiguration`). In a Ray Train run they go to the run's own
             storage, and this must be left out.
         scaler: a `torch.amp.GradScaler` for `backward` and the prepared
-            optimizers' `step` to use; it is saved too.
+            optimizers' `step` to use, which then skips infinite gradients; it is saved
+            too. ``scaler.unscale_(optimizer)`` may come before a step, its own `step` and
+            `update` are not called by the loop. The scale is updated when all prepared
+            optimizers have stepped, or before the next `backward`: so gradients of one
+            backward are unscaled by its scale, and a GAN's optimizers need not wait for
+            each other.
         seed: what data orders and augmentation are drawn from. None: rank 0's
             `torch.initial_seed()` at the first `prepare`, so `torch.manual_seed`
             before that decides.
@@ -134,10 +140,11 @@ class Checkpointer:
         self._hooks = Hooks()
         self._bundle = StateBundle()
         self._bundle.add(ProgressPart(self._progress, self._set_progress))
-        if scaler is not None:
-            self._bundle.add_object("scaler", scaler, kind="scaler")
+        self._scaling = None if scaler is None else ScalerPart(scaler)
+        if self._scaling is not None:
+            self._bundle.add(self._scaling)
         self._preparer = Preparer(
-            self._bundle, self._session, scaler=scaler, ddp_kwargs=ddp_kwargs or {}
+            self._bundle, self._session, scaling=self._scaling, ddp_kwargs=ddp_kwargs or {}
         )
         self._resumer = Resumer(
             session=self._session,
@@ -368,7 +375,7 @@ class Checkpointer:
         """
         weight = self.loss_weight
         weighed = loss if weight == 1 else loss * weight
-        scaled = self.scaler.scale(weighed) if self.scaler is not None else weighed
+        scaled = self._scaling.scale(weighed) if self._scaling is not None else weighed
         scaled.backward(**kwargs)  # type: ignore[no-untyped-call]
 
     def step(self, metrics: Metrics = None) -> None:

@@ -24,6 +24,7 @@ from ray_accel_ckpt.state.loader import PreparedLoader
 from ray_accel_ckpt.state.materialise import materialise
 from ray_accel_ckpt.state.model import ModelPart
 from ray_accel_ckpt.state.optimizer import OptimizerPart
+from ray_accel_ckpt.state.scaling import ScalerPart, refuse_driven
 from ray_accel_ckpt.state.sharding import held, is_sharded, reshard
 
 
@@ -72,11 +73,11 @@ class Preparer:
         bundle: StateBundle,
         session: Session,
         *,
-        scaler: torch.amp.GradScaler | None,
+        scaling: ScalerPart | None,
         ddp_kwargs: Mapping[str, Any],
     ) -> None:
         self._bundle, self._session = bundle, session
-        self._scaler, self._ddp_kwargs = scaler, dict(ddp_kwargs)
+        self._scaling, self._ddp_kwargs = scaling, dict(ddp_kwargs)
         self.window = AccumulationWindow()
 
     @cached_property
@@ -91,14 +92,20 @@ class Preparer:
         model.register_forward_pre_hook(self.window)
         self._bundle.add_model(model)
 
-    def adopt_optimizer(self, optimizer: Optimizer) -> None:
+    def adopt_optimizer(self, optimizer: Optimizer) -> Callable[[], None]:
         """As `adopt_model`, for the torch optimizer that somebody else steps.
+
+        Returns:
+            What a step that is skipped has to call.
 
         Raises:
             ConfigurationError: it keeps its state on other workers.
         """
-        prepare_optimizer(optimizer, None, self.window.closer())
+        refuse_unreadable_optimizer(optimizer)
+        stepped = self.window.closer()
+        optimizer.register_step_post_hook(lambda *_: stepped())
         self._bundle.add_optimizer(optimizer)
+        return stepped
 
     def prepare(
         self,
@@ -123,9 +130,11 @@ class Preparer:
             self._bundle.add_model(model, unset)
             return model
         if isinstance(obj, Optimizer):
-            prepared = prepare_optimizer(obj, self._scaler, self.window.closer())
-            self._bundle.add_optimizer(obj)
-            return prepared
+            refuse_driven(obj)
+            stepped = self.adopt_optimizer(obj)
+            if self._scaling is not None:
+                self._scaling.drive(obj, stepped)
+            return obj
         if isinstance(obj, DataLoader) or is_ray_data(obj):
             rank, world_size = group.rank, group.world_size
             if data_mesh is not None:
@@ -150,7 +159,7 @@ class Preparer:
         models = [part.model for part in self._bundle.of_type(ModelPart)]
         optimizers = [part.optimizer for part in self._bundle.of_type(OptimizerPart)]
         known = any(obj is each for each in (*models, *optimizers))
-        return known or isinstance(obj, (ScaledOptimizer, PreparedLoader))
+        return known or isinstance(obj, PreparedLoader)
 
 
 class PinnedDDP(DistributedDataParallel):
@@ -220,62 +229,3 @@ def prepare_model(
         return model
     devices = None if device.type == "cpu" else [device]
     return PinnedDDP(model, **{"device_ids": devices, **ddp_kwargs})
-
-
-def prepare_optimizer(
-    optimizer: Optimizer, scaler: torch.amp.GradScaler | None, stepped: Callable[[], None]
-) -> Optimizer:
-    """Tell `stepped` of each step, and step through the scaler if there is one.
-
-    Raises:
-        ConfigurationError: the optimizer shards its state in a way that cannot be read.
-    """
-    refuse_unreadable_optimizer(optimizer)
-    optimizer.register_step_post_hook(lambda *_: stepped())
-    return optimizer if scaler is None else ScaledOptimizer(optimizer, scaler, stepped)
-
-
-class ScaledOptimizer(Optimizer):
-    """An optimizer whose `step` goes through a `GradScaler`: unscale, skip on infinities, update.
-
-    As Accelerate's: with several optimizers on one scaler, each `step` updates it.
-    """
-
-    def __init__(
-        self, optimizer: Optimizer, scaler: torch.amp.GradScaler, stepped: Callable[[], None]
-    ) -> None:
-        # Not Optimizer.__init__: this is the given optimizer, seen through a scaler.
-        self.optimizer = optimizer
-        self.scaler = scaler
-        self._stepped = stepped
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["optimizer"], name)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return dict(self.__dict__)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-
-    def __repr__(self) -> str:
-        return f"ScaledOptimizer({self.optimizer!r})"
-
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Step unless a gradient is infinite or NaN; update the scale either way."""
-        loss = self.scaler.step(self.optimizer, *([closure] if closure else []))
-        self.scaler.update()
-        self._stepped()
-        return loss
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        self.optimizer.zero_grad(set_to_none=set_to_none)
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.optimizer.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state_dict)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        self.optimizer.add_param_group(param_group)
