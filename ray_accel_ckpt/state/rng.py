@@ -22,6 +22,16 @@ NOT_A_STATE = (
 )
 """What `check` raises of a state that is none."""
 
+_BIT_GENERATORS: dict[str, Any] = {
+    kind.__name__: kind
+    for kind in (
+        *(np.random.MT19937, np.random.PCG64, np.random.PCG64DXSM),
+        *(np.random.Philox, np.random.SFC64),
+    )
+}
+_POSITIONS = {"MT19937": ("pos", 624), "Philox": ("buffer_pos", 4)}
+"""Where a bit generator stands in what it has drawn ahead, and the end of that."""
+
 
 def capture() -> dict[str, Any]:
     """All streams of this process, as plain values and host tensors.
@@ -46,7 +56,7 @@ def check(state: dict[str, Any]) -> None:
 def check_host(state: dict[str, Any]) -> None:
     """As `check`, for a state without accelerators."""
     random.Random().setstate(state["python"])  # noqa: S311 - drawn from by nobody
-    np.random.RandomState().set_state(state["numpy"])
+    _check_numpy(state["numpy"])
     torch.Generator().set_state(state["torch"])
 
 
@@ -70,6 +80,9 @@ def seed_host(seed: int) -> None:
     """Seed python, numpy and torch CPU. Accelerator streams are left alone."""
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
+    if _bit_generator() != "MT19937":
+        # Of others numpy keeps the second of two normal deviates that were drawn before.
+        np.random.set_state({**np.random.get_state(legacy=False), "has_gauss": 0, "gauss": 0.0})
     torch.default_generator.manual_seed(seed)
 
 
@@ -127,8 +140,44 @@ def _host_state() -> dict[str, Any]:
 
 def _set_host_state(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
+    kind = state["numpy"]["bit_generator"]
+    if kind != _bit_generator():
+        np.random.set_bit_generator(_BIT_GENERATORS[kind]())  # type: ignore[attr-defined]
     np.random.set_state(state["numpy"])
     torch.default_generator.set_state(state["torch"])
+
+
+def _bit_generator() -> str:
+    """The name of what numpy's global stream is drawn from."""
+    return type(np.random.get_bit_generator()).__name__  # type: ignore[attr-defined]
+
+
+def _check_numpy(state: dict[str, Any]) -> None:
+    """What numpy believes without looking, it draws from memory that is not its own."""
+    kind = state["bit_generator"]
+    if kind not in _BIT_GENERATORS:
+        raise ValueError(f"{kind!r} is no bit generator of numpy's own")
+    sample = np.random.RandomState(_BIT_GENERATORS[kind]())
+    _require_alike(state, sample.get_state(legacy=False))
+    position, end = _POSITIONS.get(kind, (None, 0))
+    if position is not None and {**state, **state["state"]}[position] > end:
+        raise ValueError(f"{position} of {kind} is not in 0..{end}")
+    sample.set_state(state)
+
+
+def _require_alike(value: Any, like: Any) -> None:
+    """Raise unless `value` is made as `like` is, and its whole numbers count something."""
+    same = type(value) is type(like)
+    if same and isinstance(like, dict):
+        same = value.keys() == like.keys()
+        for name in like if same else ():
+            _require_alike(value[name], like[name])
+    elif same and isinstance(like, np.ndarray):
+        same = (value.dtype, value.shape) == (like.dtype, like.shape)
+    elif same and isinstance(like, int):
+        same = value >= 0
+    if not same:
+        raise ValueError("it is not made as numpy's state of this bit generator is")
 
 
 def _accelerator_generators() -> tuple[torch.Generator, ...]:

@@ -166,6 +166,28 @@ def test_a_random_stream_that_is_none(memory: MemoryFilesystem, stream: str) -> 
     _refused(memory)
 
 
+@pytest.mark.parametrize("position", [-1, 625, 2**31 - 1])
+def test_a_random_stream_that_stands_outside_its_buffer(
+    memory: MemoryFilesystem, position: int
+) -> None:
+    """numpy believes it, and draws from memory that is not its own."""
+
+    def change(body: dict[str, Any]) -> None:
+        body["parts"]["rng"]["value"]["numpy"]["state"]["pos"] = position
+
+    memory.files[MANIFEST] = edited(memory.files[MANIFEST], change)
+    _refused(memory)
+
+
+@pytest.mark.parametrize("kind", ["PCG64", "Mine", 7, []], ids=repr)
+def test_a_random_stream_of_another_bit_generator(memory: MemoryFilesystem, kind: Any) -> None:
+    def change(body: dict[str, Any]) -> None:
+        body["parts"]["rng"]["value"]["numpy"]["bit_generator"] = kind
+
+    memory.files[MANIFEST] = edited(memory.files[MANIFEST], change)
+    _refused(memory)
+
+
 def test_optimizer_state_of_another_shape(memory: MemoryFilesystem) -> None:
     def change(body: dict[str, Any]) -> None:
         state = body["parts"]["optimizer"]["value"]["state"]

@@ -25,7 +25,7 @@ def seed_everything(seed: int) -> None:
 
 def streams() -> str:
     """A digest of the global random streams."""
-    return digest(random.getstate(), np.random.get_state()[1], torch.get_rng_state())
+    return digest(random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state())
 
 
 def tensor_bytes(tensor: torch.Tensor) -> bytes:

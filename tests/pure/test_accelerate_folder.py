@@ -7,13 +7,15 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
 
 from ray_accel_ckpt import Checkpointer, errors, open_checkpoint
-from ray_accel_ckpt.integrations.accelerate import from_accelerate, to_accelerate
+from ray_accel_ckpt.integrations.accelerate import from_accelerate, streams, to_accelerate
+from ray_accel_ckpt.state import rng
 from tests.accelerated import Run, Tied, reset
 from tests.pure.helpers import digest, seed_everything
 
@@ -81,6 +83,15 @@ def test_there_and_back_nothing_changes(tmp_path: Path) -> None:
     assert [digest(one.state_dict(part)) for part in one.parts] == [
         digest(two.state_dict(part)) for part in two.parts
     ]
+
+
+def test_a_stream_of_another_bit_generator_goes_there_and_back() -> None:
+    """numpy has its short form for the Mersenne Twister alone, and so has Accelerate."""
+    state = rng.capture()
+    state["numpy"] = np.random.RandomState(np.random.PCG64(3)).get_state(legacy=False)
+    back = streams.from_theirs(streams.to_theirs(state, step=1))
+    rng.check(back)
+    assert digest(back) == digest(state)
 
 
 def test_several_models_and_optimizers_keep_their_places(tmp_path: Path) -> None:

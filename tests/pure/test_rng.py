@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,80 @@ def draw() -> str:
     """Something from each stream, normal deviates too: these come in pairs."""
     values: list[Any] = [random.random(), random.gauss(0, 1), float(np.random.rand())]
     return digest(*values, float(np.random.randn()), torch.rand(3), torch.randn(1))
+
+
+@pytest.fixture(params=["MT19937", "PCG64", "PCG64DXSM", "Philox", "SFC64"])
+def bit_generator(request: pytest.FixtureRequest) -> Iterator[str]:
+    """What numpy's global stream is drawn from, as `np.random.set_bit_generator` has it."""
+    before = np.random.get_bit_generator()
+    np.random.set_bit_generator(getattr(np.random, request.param)(3))
+    yield request.param
+    np.random.set_bit_generator(before)
+
+
+def test_a_stream_of_any_bit_generator_comes_back(bit_generator: str) -> None:
+    draw()
+    flat = flatten(rng.capture(), "rng")
+    value, tensors = json.loads(json.dumps(flat.value, allow_nan=False)), flat.tensors
+    expected = draw()
+    # In a life that has not made it yet, it is made.
+    np.random.set_bit_generator(np.random.MT19937(4))
+    rng.check(unflatten(value, tensors))
+    rng.restore(unflatten(value, tensors))
+    assert draw() == expected
+    assert type(np.random.get_bit_generator()).__name__ == bit_generator
+
+
+@pytest.mark.usefixtures("bit_generator")
+def test_whatever_was_drawn_before_a_seed_decides() -> None:
+    """Normal deviates come in pairs, and the second must not outlive the seed."""
+    drawn = []
+    for before in range(2):
+        for _ in range(before):
+            np.random.randn()
+        rng.seed_host(5)
+        drawn.append(draw())
+    assert drawn[0] == drawn[1]
+
+
+ODD = [
+    ("MT19937", "pos", -1),
+    ("MT19937", "pos", 625),
+    ("MT19937", "pos", True),
+    ("MT19937", "pos", None),
+    ("MT19937", "key", np.zeros(1, np.uint32)),
+    ("MT19937", "key", np.zeros(624, np.uint64)),
+    ("MT19937", "has_gauss", 2**200),
+    ("MT19937", "gauss", None),
+    ("PCG64", "state", -1),
+    ("PCG64", "state", 2**128),
+    ("PCG64DXSM", "inc", 1.5),
+    ("Philox", "buffer_pos", -1),
+    ("Philox", "buffer_pos", 5),
+    ("Philox", "counter", np.zeros(1, np.uint64)),
+    ("SFC64", "state", np.zeros(1, np.uint64)),
+    ("SFC64", "state", []),
+    ("SFC64", "has_uint32", "1"),
+    ("SFC64", "more", 1),
+]
+
+
+@pytest.mark.parametrize(("bit_generator", "member", "odd"), ODD, indirect=["bit_generator"])
+def test_an_odd_state_of_numpys_is_none(bit_generator: str, member: str, odd: Any) -> None:
+    """Of a position beyond its buffer numpy would draw from memory that is another's."""
+    state = rng.capture()
+    rng.check(state)
+    inner = state["numpy"]["state"]
+    (inner if member in inner else state["numpy"])[member] = odd
+    with pytest.raises(rng.NOT_A_STATE):
+        rng.check(state)
+
+
+def test_a_bit_generator_of_somebody_elses_is_none() -> None:
+    state = rng.capture()
+    state["numpy"]["bit_generator"] = "Mine"
+    with pytest.raises(ValueError, match="Mine"):
+        rng.check(state)
 
 
 def test_restoring_brings_every_stream_back() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,24 @@ def test_loader_workers_do_not_matter(tmp_path: Path) -> None:
 def test_saving_changes_nothing(tmp_path: Path) -> None:
     often = live(shuffled, tmp_path / "often", every=1)
     assert often == live(shuffled, tmp_path / "never", every=1000)
+
+
+@pytest.fixture
+def own_bit_generator() -> Iterator[None]:
+    """For a test that gives numpy another one: afterwards it is the one of before."""
+    before = np.random.get_bit_generator()
+    yield
+    np.random.set_bit_generator(before)
+
+
+@pytest.mark.usefixtures("own_bit_generator")
+def test_killed_with_another_bit_generator_of_numpy(tmp_path: Path) -> None:
+    def script(ckpt: Checkpointer, on_step: OnStep) -> Any:
+        np.random.set_bit_generator(np.random.PCG64(ckpt.global_step))
+        np.random.randn()
+        return shuffled(ckpt, on_step), np.random.randn()
+
+    assert_survives(script, tmp_path, kills=(8, 10), every=2)
 
 
 # --- around the end of an epoch --------------------------------------------------------

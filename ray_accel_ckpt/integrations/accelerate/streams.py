@@ -14,7 +14,6 @@ def from_theirs(states: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         LookupError, TypeError, ValueError: it holds no such streams.
     """
-    kind, key, position, has_gauss, gauss = states["numpy_random_seed"]
     devices = [
         value
         for name, value in states.items()
@@ -22,12 +21,7 @@ def from_theirs(states: Mapping[str, Any]) -> dict[str, Any]:
     ]
     return {
         "python": states["random_state"],
-        "numpy": {
-            "bit_generator": kind,
-            "state": {"key": np.asarray(key), "pos": int(position)},
-            "has_gauss": int(has_gauss),
-            "gauss": float(gauss),
-        },
+        "numpy": _numpy_of(states["numpy_random_seed"]),
         "torch": states["torch_manual_seed"],
         "accelerator": [state for device in devices for state in device],
     }
@@ -39,16 +33,32 @@ def to_theirs(streams: Mapping[str, Any], *, step: int) -> dict[str, Any]:
     Args:
         step: micro-steps that the accelerator has counted.
     """
-    numpy = streams["numpy"]
-    state = numpy["state"]
     found = {
         "step": step,
         "random_state": streams["python"],
-        "numpy_random_seed": (
-            *(numpy["bit_generator"], state["key"], state["pos"]),
-            *(numpy["has_gauss"], numpy["gauss"]),
-        ),
+        "numpy_random_seed": _legacy(streams["numpy"]),
         "torch_manual_seed": streams["torch"],
     }
     devices = list(streams["accelerator"])
     return {**found, "torch_cuda_manual_seed": devices} if devices else found
+
+
+def _numpy_of(theirs: Any) -> dict[str, Any]:
+    """What `np.random.get_state()` returned, with names for all that is in it."""
+    if isinstance(theirs, Mapping):
+        return dict(theirs)
+    kind, key, position, has_gauss, gauss = theirs
+    return {
+        "bit_generator": kind,
+        "state": {"key": np.asarray(key), "pos": int(position)},
+        "has_gauss": int(has_gauss),
+        "gauss": float(gauss),
+    }
+
+
+def _legacy(state: dict[str, Any]) -> Any:
+    """The inverse of `_numpy_of`: numpy has the tuple for its Mersenne Twister alone."""
+    if state["bit_generator"] != "MT19937":
+        return state
+    inner = state["state"]
+    return ("MT19937", inner["key"], inner["pos"], state["has_gauss"], state["gauss"])
