@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -12,6 +13,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.hooks import RemovableHandle
 
+from ray_accel_ckpt.arguments import require, texts, whole_number
 from ray_accel_ckpt.errors import ConfigurationError
 from ray_accel_ckpt.image.staging import SlotPool
 from ray_accel_ckpt.memory import MemoryTier
@@ -23,7 +25,8 @@ from ray_accel_ckpt.runtime.exchange import exchange_for
 from ray_accel_ckpt.runtime.heartbeat import Heartbeat
 from ray_accel_ckpt.runtime.lives import Lives
 from ray_accel_ckpt.runtime.prepare import Preparer
-from ray_accel_ckpt.runtime.report import Metrics
+from ray_accel_ckpt.runtime.refusals import refuse_containers
+from ray_accel_ckpt.runtime.report import Metrics, require_metrics
 from ray_accel_ckpt.runtime.restore import Restored
 from ray_accel_ckpt.runtime.resume import Resumer
 from ray_accel_ckpt.runtime.saver import Saver
@@ -35,9 +38,14 @@ from ray_accel_ckpt.state.hooks import Hooks, LoadHook, SaveHook
 from ray_accel_ckpt.state.loader import PreparedLoader
 from ray_accel_ckpt.state.parts import ProgressPart
 from ray_accel_ckpt.state.passes import EpochWatch
+from ray_accel_ckpt.state.rng import SEEDS
 from ray_accel_ckpt.state.scaling import ScalerPart
 from ray_accel_ckpt.state.skipping import SkippedLoader
 from ray_accel_ckpt.storage.filesystem import Filesystem
+
+_NO_SEED = "pass an int, seed=42 say; without, torch.initial_seed() decides"
+_EPOCHS = "epochs(3), say; the epochs of earlier lives are among them"
+_SCALER = ("scale", "step", "update", "state_dict", "load_state_dict")
 
 
 class Checkpointer:
@@ -102,10 +110,9 @@ class Checkpointer:
     ) -> None:
         if save is not None:
             require_policy(save)
-        if not storage_timeout > 0:
-            raise ConfigurationError(
-                f"storage_timeout must be positive seconds, not {storage_timeout!r}"
-            )
+        _require_options(project_config, scaler, storage_timeout, ddp_kwargs)
+        if seed is not None:
+            seed = whole_number("seed", seed, least=SEEDS[0], most=SEEDS[1], remedy=_NO_SEED)
         for name, given in (("overlap", overlap), ("broadcast", broadcast)):
             if not isinstance(given, bool):
                 raise ConfigurationError(f"{name} must be True or False, not {given!r}")
@@ -258,10 +265,12 @@ class Checkpointer:
 
         Raises:
             ConfigurationError: an object that cannot be prepared as it is, one
-                that is sharded in a way that is not read among them.
+                that is sharded in a way that is not read among them, or a list,
+                tuple or dict of such objects.
             UnsupportedStateError: a parameter whose shards are not boxes of a
                 mesh over all workers.
         """
+        refuse_containers(objects)
         if global_batch_size is not None:
             workers = self._session.group.world_size if data_mesh is None else data_mesh.size()
             require_global_batch_size(global_batch_size, objects, world_size=workers)
@@ -316,10 +325,9 @@ class Checkpointer:
         and dropped. A prepared loader counts from the beginning of its epoch.
 
         Raises:
-            ConfigurationError: a negative number.
+            ConfigurationError: what is no number of batches.
         """
-        if num_batches < 0:
-            raise ConfigurationError(f"cannot skip {num_batches} batches")
+        num_batches = whole_number("num_batches", num_batches, least=0, remedy="0 skips none")
         return SkippedLoader(dataloader, num_batches)
 
     # --- the loop ----------------------------------------------------------------------
@@ -329,7 +337,13 @@ class Checkpointer:
 
         After the last one the end is saved, if saves are on, so that the run's
         latest checkpoint is its result and a finished run started again ends at once.
+
+        Raises:
+            ConfigurationError: what is no number of epochs.
         """
+        return self._epochs(whole_number("num_epochs", num_epochs, least=0, remedy=_EPOCHS))
+
+    def _epochs(self, num_epochs: int) -> Iterator[int]:
         self._in_epochs = True
         while self._epoch < num_epochs:
             self._watch.begin()
@@ -393,8 +407,10 @@ class Checkpointer:
 
         Raises:
             UnsupportedStateError: a state that cannot be represented.
-            ConfigurationError: a metric that is no plain value.
+            ConfigurationError: a metric that is no plain value, or `metrics` that are
+                neither a dict nor a function.
         """
+        require_metrics(metrics)
         self._global_step += 1
         self._last_metrics = metrics
         if self._heartbeat.after_step(self._global_step):
@@ -438,8 +454,9 @@ class Checkpointer:
         Raises:
             CheckpointExistsError: another checkpoint is there. Nothing is overwritten.
             StorageError: what storage refused.
-            ConfigurationError: there is nowhere to save to.
+            ConfigurationError: there is nowhere to save to, or what is no path, or no metrics.
         """
+        require_metrics(metrics)
         sink = self._sink(output_dir)
         if sink is None:
             raise ConfigurationError(
@@ -482,10 +499,11 @@ class Checkpointer:
             StorageError: storage cannot be read, or a save before failed and nobody was told:
                 then nothing was loaded, and the next call loads.
             TornSnapshotError: as `flush`.
+            ConfigurationError: `parts` that are no names or not registered, or what is no path.
         """
+        only = None if parts is None else texts("parts", parts, remedy='parts=("model",)')
         self._session.agree()
         self._session.group.agreed(self.flush)
-        only = None if parts is None else tuple(parts)
         place = self._session.source(input_dir)
         if place is None:
             return False
@@ -588,3 +606,33 @@ class Checkpointer:
         else:
             # Not Ray's latest, so not the run's result either: the end must be saved all the same.
             self._saved_at = None
+
+
+def _require_options(project: Any, scaler: Any, timeout: Any, ddp_kwargs: Any) -> None:
+    """What cannot be used as it is given to a `Checkpointer`, whatever is made of it."""
+    require(
+        project is None or isinstance(project, ProjectConfiguration),
+        *("project_config", project),
+        expected="a ray_accel_ckpt.ProjectConfiguration or None",
+        remedy="ProjectConfiguration('runs/a', automatic_checkpoint_naming=True), say",
+    )
+    able = all(callable(getattr(scaler, method, None)) for method in _SCALER)
+    require(
+        scaler is None or (able and not isinstance(scaler, type)),
+        *("scaler", scaler),
+        expected="a torch.amp.GradScaler or None",
+        remedy="scaler=torch.amp.GradScaler('cuda'), say",
+    )
+    seconds = isinstance(timeout, numbers.Real) and not isinstance(timeout, bool)
+    require(
+        seconds and timeout > 0,
+        *("storage_timeout", timeout),
+        expected="positive seconds",
+        remedy="leave it out for 600",
+    )
+    require(
+        ddp_kwargs is None or isinstance(ddp_kwargs, Mapping),
+        *("ddp_kwargs", ddp_kwargs),
+        expected="a dict or None",
+        remedy="ddp_kwargs={'find_unused_parameters': True}, say",
+    )

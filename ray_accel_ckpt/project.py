@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from ray_accel_ckpt.arguments import require, whole_number
 from ray_accel_ckpt.errors import ConfigurationError
 from ray_accel_ckpt.location import require_location
 
@@ -26,7 +27,7 @@ class ProjectConfiguration:
 
     Raises:
         ConfigurationError: on a limit below 1, a negative iteration, a directory
-            that is none, or automatic naming without one.
+            that is none, automatic naming without one, or what is none of these.
     """
 
     project_dir: str | os.PathLike[str] | None = None
@@ -37,21 +38,22 @@ class ProjectConfiguration:
     def __post_init__(self) -> None:
         if self.project_dir is not None:
             require_location(self.project_dir, name="project_dir")
+        require(
+            isinstance(self.automatic_checkpoint_naming, bool),
+            *("automatic_checkpoint_naming", self.automatic_checkpoint_naming),
+            expected="True or False",
+            remedy="give what comes after project_dir by name: total_limit=3, say",
+        )
         if self.automatic_checkpoint_naming and self.project_dir is None:
             raise ConfigurationError(
                 "automatic_checkpoint_naming needs a project_dir to put checkpoints under",
                 remedy="give one: ProjectConfiguration('runs/a', automatic_checkpoint_naming=True)",
             )
-        if self.total_limit is not None and self.total_limit < 1:
-            raise ConfigurationError(
-                f"total_limit must be at least 1 or None, not {self.total_limit!r}",
-                remedy="use None to keep every checkpoint",
-            )
-        if self.iteration < 0:
-            raise ConfigurationError(
-                f"iteration must not be negative, but is {self.iteration!r}",
-                remedy="leave it out to go on from the checkpoints that exist",
-            )
+        if self.total_limit is not None:
+            keep_all = "use None to keep every checkpoint"
+            whole_number("total_limit", self.total_limit, least=1, remedy=keep_all)
+        go_on = "leave it out to go on from the checkpoints that exist"
+        whole_number("iteration", self.iteration, least=0, remedy=go_on)
 
     @property
     def checkpoints_dir(self) -> str | None:

@@ -1,20 +1,45 @@
-"""Ways of sharding that are recognised and not read: refused at `prepare`, never saved wrong.
+"""What `prepare` refuses: what would be saved wrong, or not at all.
 
-What such an object holds on this rank is a part of the whole, and nothing public
-says which part. Saved as if it were the whole, it would come back as nonsense.
+Ways of sharding are recognised and not read. What such an object holds on this rank is a
+part of the whole, and nothing public says which part. Saved as if it were the whole, it would
+come back as nonsense.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
 
 from ray_accel_ckpt.errors import ConfigurationError
+from ray_accel_ckpt.runtime.ray_run import is_ray_data
 
 _FSDP2 = "use FSDP2, torch.distributed.fsdp.fully_shard(model), which is read and dealt out anew"
 _ENGINES = ("deepspeed", "fairscale", "megatron", "colossalai")
 """Packages whose models and optimizers shard their state behind plain tensors."""
+
+
+def refuse_containers(objects: Iterable[Any]) -> None:
+    """Raise `ConfigurationError` if one is a list, tuple or dict of what is to be prepared.
+
+    It would come back as it is, and nothing in it would be saved.
+    """
+    for obj in objects:
+        if isinstance(obj, (list, tuple, dict)):
+            inside = obj.values() if isinstance(obj, dict) else obj
+            kinds = (nn.Module, Optimizer, LRScheduler, DataLoader)
+            held = [each for each in inside if isinstance(each, kinds) or is_ray_data(each)]
+            if held:
+                raise ConfigurationError(
+                    f"prepare() was given a {type(obj).__name__} with a {type(held[0]).__name__}",
+                    why="nothing in it would be prepared, and nothing saved",
+                    remedy="give the objects one by one: prepare(*objects)",
+                )
 
 
 def refuse_unreadable_model(model: nn.Module, *, world_size: int) -> None:

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ray_accel_ckpt.arguments import require
 from ray_accel_ckpt.errors import ConfigurationError
 from ray_accel_ckpt.image.image import Image
 from ray_accel_ckpt.runtime.ray_run import RayRun
@@ -64,6 +65,16 @@ def report(
     )
 
 
+def require_metrics(metrics: Any) -> None:
+    """Raise `ConfigurationError` unless these are metrics as `Checkpointer.step` takes them."""
+    require(
+        metrics is None or isinstance(metrics, Mapping) or callable(metrics),
+        *("metrics", metrics),
+        expected="a dict, a function that returns one, or None",
+        remedy='metrics={"loss": loss}, say',
+    )
+
+
 def plain_metrics(metrics: Metrics) -> dict[str, Any]:
     """Metrics as Ray's controller can hold them: plain numbers, strings, lists and dicts.
 
@@ -71,9 +82,16 @@ def plain_metrics(metrics: Metrics) -> dict[str, Any]:
     retries. So numpy and torch scalars become numbers here.
 
     Raises:
-        ConfigurationError: naming a metric that is not a plain value.
+        ConfigurationError: naming a metric that is not a plain value; a function
+            that returns no dict.
     """
     resolved = metrics() if callable(metrics) else metrics
+    require(
+        resolved is None or isinstance(resolved, Mapping),
+        *("what metrics() returns", resolved),
+        expected="a dict or None",
+        remedy='lambda: {"loss": loss}, say',
+    )
     return {str(name): _plain(value, str(name)) for name, value in (resolved or {}).items()}
 
 

@@ -22,6 +22,9 @@ NOT_A_STATE = (
 )
 """What `check` raises of a state that is none."""
 
+SEEDS = (-(2**63), 2**64 - 1)
+"""The least and the largest that torch takes, and so what a checkpoint may hold."""
+
 _BIT_GENERATORS: dict[str, Any] = {
     kind.__name__: kind
     for kind in (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from ray_accel_ckpt import (
     open_checkpoint,
 )
 from ray_accel_ckpt.image import copies
+from ray_accel_ckpt.runtime.report import plain_metrics
 from ray_accel_ckpt.storage import background
 from tests.pure.helpers import (
     OPTIONS,
@@ -868,6 +869,11 @@ def test_a_metrics_function_is_called_only_when_a_save_happens(tmp_path: Path) -
     assert set(called) <= {3, 6}
 
 
+def test_a_metrics_function_that_returns_no_dict_is_refused() -> None:
+    with pytest.raises(errors.ConfigurationError, match="what metrics"):
+        plain_metrics(lambda: [1])  # type: ignore[arg-type, return-value]
+
+
 # --- arguments -------------------------------------------------------------------------
 
 
@@ -886,6 +892,12 @@ def test_every_steps_takes_a_positive_integer(steps: Any) -> None:
         {"storage_timeout": 0},
         {"storage_timeout": -1},
         {"storage_timeout": float("nan")},
+        {"storage_timeout": "5"},
+        {"storage_timeout": True},
+        {"project_config": "runs/a"},
+        {"scaler": True},
+        {"scaler": torch.amp.GradScaler},
+        {"ddp_kwargs": 3},
         {"memory": True},
         {"memory": MemoryTier()},
     ],
@@ -900,15 +912,39 @@ def test_a_wrong_argument_is_found_at_once(tmp_path: Path, options: Any) -> None
     [
         {"automatic_checkpoint_naming": True},
         {"total_limit": 0},
+        {"total_limit": "3"},
+        {"total_limit": 2.5},
         {"iteration": -1},
+        {"iteration": "3"},
+        {"project_dir": 3},
+        {"project_dir": b"runs"},
+        # Where Accelerate has its logging_dir.
+        {"project_dir": "runs", "automatic_checkpoint_naming": "logs"},
         {"project_dir": ""},
-        {"project_dir": 5},
         {"project_dir": Path("s3://bucket/run")},
     ],
 )
 def test_a_wrong_project_is_found_at_once(options: Any) -> None:
-    with pytest.raises(errors.ConfigurationError):
+    with pytest.raises(errors.ConfigurationError, match="what to do"):
         ProjectConfiguration(**options)
+
+
+@pytest.mark.parametrize("seed", ["42", 1.5, True, 2**64, -(2**63) - 1, torch.tensor(3)], ids=repr)
+def test_a_seed_that_no_checkpoint_can_hold_is_found_at_once(seed: Any) -> None:
+    with pytest.raises(errors.ConfigurationError, match="seed must be a whole number"):
+        Checkpointer(seed=seed)
+
+
+@pytest.mark.parametrize(
+    "seed", [np.int64(42), np.uint64(2**64 - 1), 2**64 - 1, -(2**63)], ids=repr
+)
+def test_a_seed_comes_back(tmp_path: Path, seed: Any) -> None:
+    for life in range(2):
+        ckpt = Checkpointer(project_config=project(tmp_path), seed=seed)
+        ckpt.prepare(DataLoader(Noisy(), batch_size=4, shuffle=True))
+        assert ckpt.load_state() == bool(life)
+        path = ckpt.save_state()
+    assert open_checkpoint(path).state_dict("progress")["seed"] == int(seed)
 
 
 @pytest.mark.parametrize("naming", [{}, {"project_config": ProjectConfiguration("somewhere")}])
@@ -948,9 +984,41 @@ def test_a_directory_that_checkpoints_are_in_is_no_checkpoint(tmp_path: Path) ->
                 opens(given)
 
 
-def test_a_negative_number_of_batches_cannot_be_skipped() -> None:
-    with pytest.raises(errors.ConfigurationError):
-        Checkpointer().skip_first_batches([1, 2], -1)
+WRONG_CALLS: dict[str, Callable[[Any], Any]] = {
+    "epochs of text": lambda ckpt: ckpt.epochs("3"),
+    "epochs of a fraction": lambda ckpt: ckpt.epochs(2.5),
+    "epochs below none": lambda ckpt: ckpt.epochs(-1),
+    "skipping below none": lambda ckpt: ckpt.skip_first_batches([1, 2], -1),
+    "skipping a fraction": lambda ckpt: ckpt.skip_first_batches([1, 2], 1.5),
+    "saving to a number": lambda ckpt: ckpt.save_state(3),
+    "loading from a number": lambda ckpt: ckpt.load_state(3),
+    "opening a number": lambda ckpt: open_checkpoint(3),
+    "one name as parts": lambda ckpt: ckpt.load_state(parts="model"),
+    "numbers as parts": lambda ckpt: ckpt.load_state(parts=(3,)),
+    "a number as parts": lambda ckpt: ckpt.load_state(parts=3),
+    "metrics in a list": lambda ckpt: ckpt.step(metrics=[1]),
+    "metrics of a save in a list": lambda ckpt: ckpt.save_state(metrics=[1]),
+    "a list of models": lambda ckpt: ckpt.prepare([network()]),
+    "a dict of loaders": lambda ckpt: ckpt.prepare({"train": DataLoader(Plain())}),
+    "a tuple of an optimizer": lambda ckpt: ckpt.prepare(
+        network(), (torch.optim.SGD(network().parameters()),)
+    ),
+}
+
+
+@pytest.mark.parametrize("call", WRONG_CALLS.values(), ids=WRONG_CALLS)
+def test_a_wrong_call_says_what_to_do_and_does_nothing(
+    tmp_path: Path, call: Callable[[Any], Any]
+) -> None:
+    ckpt = checkpointer(tmp_path)
+    with pytest.raises(errors.ConfigurationError, match="what to do"):
+        call(ckpt)
+    assert (ckpt.global_step, checkpoints(tmp_path)) == (0, [])
+    assert "model" not in open_checkpoint(ckpt.save_state()).parts
+
+
+def test_a_list_of_nothing_to_prepare_comes_back_as_it_is(tmp_path: Path) -> None:
+    assert checkpointer(tmp_path).prepare([1, "a"], {}) == ([1, "a"], {})
 
 
 # --- what the scripts share ------------------------------------------------------------
