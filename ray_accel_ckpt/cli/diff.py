@@ -9,7 +9,7 @@ import typer
 
 from ray_accel_ckpt.cli import output
 from ray_accel_ckpt.cli.options import AsJson, EndpointUrl, Region
-from ray_accel_ckpt.cli.progress import reading
+from ray_accel_ckpt.runtime.progress import reading
 from ray_accel_ckpt.storage.endpoint import Endpoint
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import typer
 
 from ray_accel_ckpt.cli import output
 from ray_accel_ckpt.cli.options import AsJson, EndpointUrl, Region, place
-from ray_accel_ckpt.cli.progress import reading
+from ray_accel_ckpt.runtime.progress import reading
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -50,6 +50,7 @@ class Staged:
 
     Attributes:
         nbytes: of the buffer.
+        read_nbytes: of the file: what `read` reads, wherever it goes.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Staged:
                 position += end - begin
             self._ranges[info.name] = held
         self.nbytes = position
+        self.read_nbytes = sum(held.end - held.begin for held in self._ranges.values())
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
     def read(self, fetch: Fetch, buffer: torch.Tensor, *, where: str) -> None:

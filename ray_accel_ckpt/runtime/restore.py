@@ -35,6 +35,7 @@ from ray_accel_ckpt.runtime.dealer import Dealer, padded
 from ray_accel_ckpt.runtime.destination import Destination, Wanted
 from ray_accel_ckpt.runtime.group import Group
 from ray_accel_ckpt.runtime.kept import Kept
+from ray_accel_ckpt.runtime.progress import restoring
 from ray_accel_ckpt.state.bundle import Plan
 from ray_accel_ckpt.state.tree import unflatten
 from ray_accel_ckpt.storage.catalog import (
@@ -45,6 +46,7 @@ from ray_accel_ckpt.storage.catalog import (
     step_of,
 )
 from ray_accel_ckpt.storage.filesystem import Readable
+from ray_accel_ckpt.storage.proving import Watched
 
 logger = logging.getLogger(__name__)
 
@@ -168,7 +170,7 @@ class Restorer:
         self._require_same(wanted, path)
         readers = self._readers(snapshot, kept)
         staged = self.group.agreed(
-            lambda: self._read(filesystem, snapshot, wanted, readers, tensors)
+            lambda: self._read(filesystem, path, snapshot, wanted, readers, tensors)
         )
         dealer = Dealer(self.group, wanted, readers, staged, tensors)
         dealer.deal(live=False)
@@ -243,6 +245,7 @@ class Restorer:
     def _read(
         self,
         filesystem: Readable,
+        path: str,
         snapshot: Snapshot,
         wanted: Wanted,
         readers: Mapping[int, int],
@@ -252,7 +255,7 @@ class Restorer:
 
         What nothing holds yet is read to where it stays; the rest to the slot.
         """
-        fetch = ShardFetch(filesystem, snapshot)
+        shards = ShardFetch(filesystem, snapshot)
         mine = {}
         for stored in snapshot.shards:
             pieces = list(wanted.own.get(stored, ()))
@@ -261,13 +264,17 @@ class Restorer:
             if pieces:
                 places = {piece.info.name: tensors.place(piece) for piece in pieces}
                 fresh = {name: place for name, place in places.items() if place is not None}
-                mine[stored] = fetch.staged(stored, pieces, fresh)
+                mine[stored] = shards.staged(stored, pieces, fresh)
         buffer = self.slot.reserve(sum(padded(s.nbytes) for s in mine.values()))
-        at = 0
-        for stored, staged in mine.items():
-            fetch.verify_header(stored)
-            staged.read(fetch, buffer[at : at + staged.nbytes], where=fetch.path(stored))
-            at += padded(staged.nbytes)
+        headers = sum(snapshot.shards[stored].header_nbytes for stored in mine)
+        nbytes = headers + sum(s.read_nbytes for s in mine.values())
+        with restoring(path, nbytes, rank=self.group.rank) as watcher:
+            fetch = ShardFetch(Watched(filesystem, watcher), snapshot)
+            at = 0
+            for stored, staged in mine.items():
+                fetch.verify_header(stored)
+                staged.read(fetch, buffer[at : at + staged.nbytes], where=fetch.path(stored))
+                at += padded(staged.nbytes)
         return mine
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
 
-from ray_accel_ckpt.cli import progress
+from ray_accel_ckpt.runtime import progress
 from ray_accel_ckpt.storage.filesystem import LocalFilesystem
 from ray_accel_ckpt.storage.proving import prove
 from tests.cli import runs
@@ -154,15 +155,16 @@ def test_a_bar_is_drawn_on_terminals_only(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By bytes: it ends where the files do."""
-    bars = []
+    counts = []
 
-    class Seen(progress._Bars):
-        def has_read(self, nbytes: int) -> None:
-            super().has_read(nbytes)
-            [task] = self._progress.tasks
-            bars.append((task.completed, task.total, self._progress.disable))
+    def bar(count: progress._Count, over: Event) -> None:
+        over.wait()
+        counts.append(count.far)
 
-    monkeypatch.setattr(progress, "_Bars", Seen)
+    monkeypatch.setattr(progress, "_bar", bar)
+    told("verify", checkpoint)
+    assert counts == []
+    monkeypatch.setattr(progress, "_on_terminal", lambda: True)
     told("verify", checkpoint)
     total = sum((checkpoint / name).stat().st_size for name in SHARDS)
-    assert max(bars) == (total, total, True)
+    assert [(far.name, far.read, far.nbytes) for far in counts] == [(checkpoint.name, total, total)]
