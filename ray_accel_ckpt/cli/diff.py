@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ray_accel_ckpt.cli import output
-from ray_accel_ckpt.cli.options import AsJson, EndpointUrl, Region
+from ray_accel_ckpt.cli.options import Anonymous, AsJson, EndpointUrl, Region
 from ray_accel_ckpt.runtime.progress import reading
 from ray_accel_ckpt.storage.endpoint import Endpoint
 
@@ -31,6 +31,7 @@ def diff(
     as_json: AsJson = False,
     endpoint_url: EndpointUrl = None,
     region: Region = None,
+    anonymous: Anonymous = False,
 ) -> None:
     """Compare two checkpoints bit for bit: tensors, and all values that are none.
 
@@ -41,7 +42,7 @@ def diff(
     """
     from ray_accel_ckpt.storage.comparison import compare
 
-    places = Endpoint(url=endpoint_url, region=region).complete(left, right)
+    places = Endpoint(url=endpoint_url, region=region, anonymous=anonymous).complete(left, right)
     with reading() as watcher:
         found = compare(*_sides(places, watcher))
     limit = None if every else _SHOWN

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ray_accel_ckpt.cli import output
-from ray_accel_ckpt.cli.options import AsJson, Checkpoint, EndpointUrl, Region
+from ray_accel_ckpt.cli.options import Anonymous, AsJson, Checkpoint, EndpointUrl, Region
 from ray_accel_ckpt.errors import ConfigurationError
 from ray_accel_ckpt.storage.endpoint import Endpoint
 
@@ -110,9 +110,11 @@ def export(
     as_json: AsJson = False,
     endpoint_url: EndpointUrl = None,
     region: Region = None,
+    anonymous: Anonymous = False,
 ) -> None:
     """Write a checkpoint in a form that other tools read. Nothing is overwritten."""
-    source, target = Endpoint(url=endpoint_url, region=region).complete(checkpoint, out)
+    endpoint = Endpoint(url=endpoint_url, region=region, anonymous=anonymous)
+    source, target = endpoint.complete(checkpoint, out)
     written = _WRITERS[to](source, target, tuple(part) if part else None)
     found = Exported(to=to, written=written)
     output.emit(found, lambda: _screen(found), as_json=as_json)

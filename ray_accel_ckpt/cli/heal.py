@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ray_accel_ckpt.cli import output
-from ray_accel_ckpt.cli.options import AsJson, EndpointUrl, Region, Run, place
+from ray_accel_ckpt.cli.options import Anonymous, AsJson, EndpointUrl, Region, Run, place
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -49,6 +49,7 @@ def heal(
     as_json: AsJson = False,
     endpoint_url: EndpointUrl = None,
     region: Region = None,
+    anonymous: Anonymous = False,
 ) -> None:
     """Mend what keeps a new driver from going on with a run that is not going.
 
@@ -60,7 +61,7 @@ def heal(
     from ray_accel_ckpt.runtime.heal import heal as mend
     from ray_accel_ckpt.runtime.listing import require_run_of_ray
 
-    filesystem, path = place(run, endpoint_url, region)
+    filesystem, path = place(run, endpoint_url, region, anonymous)
     require_run_of_ray(filesystem, path)
     ranked_by = Score(attribute=score, order=score_order)
     mended = mend(filesystem, path, score=ranked_by, dry_run=dry_run)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ray_accel_ckpt.cli import output
-from ray_accel_ckpt.cli.options import AsJson, EndpointUrl, Region, Run, place
+from ray_accel_ckpt.cli.options import Anonymous, AsJson, EndpointUrl, Region, Run, place
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -15,7 +15,11 @@ if TYPE_CHECKING:
 
 
 def ls(
-    run: Run, as_json: AsJson = False, endpoint_url: EndpointUrl = None, region: Region = None
+    run: Run,
+    as_json: AsJson = False,
+    endpoint_url: EndpointUrl = None,
+    region: Region = None,
+    anonymous: Anonymous = False,
 ) -> None:
     """List the checkpoints of a run, the newest first.
 
@@ -24,7 +28,7 @@ def ls(
     """
     from ray_accel_ckpt.runtime.listing import list_run
 
-    listing = list_run(*place(run, endpoint_url, region))
+    listing = list_run(*place(run, endpoint_url, region, anonymous))
     output.emit(listing, lambda: _screen(listing), as_json=as_json)
 
 

@@ -34,11 +34,21 @@ EndpointUrl = Annotated[
 Region = Annotated[
     str | None, typer.Option("--region", metavar="NAME", help="The region of s3:// buckets.")
 ]
+Anonymous = Annotated[
+    bool,
+    typer.Option(
+        "--anonymous",
+        help="Look for no credentials and send none: for public buckets of s3://, gs://, abfs://.",
+    ),
+]
 
 
-def place(location: str, endpoint_url: str | None, region: str | None) -> tuple[Filesystem, str]:
+def place(
+    location: str, endpoint_url: str | None, region: str | None, anonymous: bool
+) -> tuple[Filesystem, str]:
     """Where a location lies: its filesystem, and its path there."""
     from ray_accel_ckpt.storage.filesystem import resolve
 
-    (completed,) = Endpoint(url=endpoint_url, region=region).complete(location)
+    endpoint = Endpoint(url=endpoint_url, region=region, anonymous=anonymous)
+    (completed,) = endpoint.complete(location)
     return resolve(completed)

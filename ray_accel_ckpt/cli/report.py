@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ray_accel_ckpt.cli import output
-from ray_accel_ckpt.cli.options import AsJson, EndpointUrl, Region, Run, place
+from ray_accel_ckpt.cli.options import Anonymous, AsJson, EndpointUrl, Region, Run, place
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -52,6 +52,7 @@ def report(
     as_json: AsJson = False,
     endpoint_url: EndpointUrl = None,
     region: Region = None,
+    anonymous: Anonymous = False,
 ) -> None:
     """Tell what happened in a run: its attempts, where its time went, what was lost.
 
@@ -61,7 +62,7 @@ def report(
     from ray_accel_ckpt.report.history import history_of
     from ray_accel_ckpt.storage.journal import read_events
 
-    filesystem, path = place(run, endpoint_url, region)
+    filesystem, path = place(run, endpoint_url, region, anonymous)
     history = history_of(read_events(filesystem, path), where=path)
     found = Reported(
         run=path,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ray_accel_ckpt.cli import output
-from ray_accel_ckpt.cli.options import AsJson, Checkpoint, EndpointUrl, Region, place
+from ray_accel_ckpt.cli.options import Anonymous, AsJson, Checkpoint, EndpointUrl, Region, place
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -28,12 +28,15 @@ def show(
     as_json: AsJson = False,
     endpoint_url: EndpointUrl = None,
     region: Region = None,
+    anonymous: Anonymous = False,
 ) -> None:
     """Show what lies in a checkpoint: parts, tensors, values, files. Tensors are not read."""
     from ray_accel_ckpt.storage.catalog import open_snapshot
     from ray_accel_ckpt.storage.description import describe
 
-    described = describe(open_snapshot(*place(checkpoint, endpoint_url, region)), rank=rank)
+    described = describe(
+        open_snapshot(*place(checkpoint, endpoint_url, region, anonymous)), rank=rank
+    )
     output.emit(described, lambda: _screen(described, brief=brief), as_json=as_json)
 
 

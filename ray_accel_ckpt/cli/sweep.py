@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ray_accel_ckpt.cli import output
-from ray_accel_ckpt.cli.options import AsJson, EndpointUrl, Region, Run, place
+from ray_accel_ckpt.cli.options import Anonymous, AsJson, EndpointUrl, Region, Run, place
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -44,6 +44,7 @@ def sweep(
     as_json: AsJson = False,
     endpoint_url: EndpointUrl = None,
     region: Region = None,
+    anonymous: Anonymous = False,
 ) -> None:
     """Remove what earlier attempts left in a run that is not going, and nobody will use.
 
@@ -53,7 +54,7 @@ def sweep(
     """
     from ray_accel_ckpt.runtime.quiet import sweep_quiet_run
 
-    filesystem, path = place(run, endpoint_url, region)
+    filesystem, path = place(run, endpoint_url, region, anonymous)
     found = sweep_quiet_run(filesystem, path, quiet_for=older_than, dry_run=dry_run)
     output.emit(found, lambda: _screen(found), as_json=as_json)
 

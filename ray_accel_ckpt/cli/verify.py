@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ray_accel_ckpt.cli import output
-from ray_accel_ckpt.cli.options import AsJson, EndpointUrl, Region, place
+from ray_accel_ckpt.cli.options import Anonymous, AsJson, EndpointUrl, Region, place
 from ray_accel_ckpt.runtime.progress import reading
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def verify(
     as_json: AsJson = False,
     endpoint_url: EndpointUrl = None,
     region: Region = None,
+    anonymous: Anonymous = False,
 ) -> None:
     """Read every byte of one checkpoint, or of all of a run, and prove it by its checksum.
 
@@ -45,7 +46,7 @@ def verify(
     from ray_accel_ckpt.storage.proving import prove
     from ray_accel_ckpt.storage.survey import checkpoints_at
 
-    filesystem, path = place(location, endpoint_url, region)
+    filesystem, path = place(location, endpoint_url, region, anonymous)
     with reading() as watcher:
         proofs = tuple(prove(filesystem, p, watcher) for p in checkpoints_at(filesystem, path))
     found = Verified(good=all(each.condition == "good" for each in proofs), checkpoints=proofs)

@@ -26,6 +26,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from ray_accel_ckpt.errors import ConfigurationError
 from ray_accel_ckpt.location import require_location
+from ray_accel_ckpt.storage.anonymous import is_anonymous_s3, open_anonymous_s3
 
 _OBJECT_STORE = re.compile(r"\b(s3a?|gcs|gs|abfss?|az|adl|oss)\b")
 
@@ -273,7 +274,10 @@ def resolve(location: str | os.PathLike[str], filesystem: Any = None) -> tuple[F
     if not separator:
         return LocalFilesystem(), str(Path(path).expanduser().absolute())
     try:
-        found, inner = pafs.FileSystem.from_uri(path)
+        if is_anonymous_s3(path):
+            found, inner = open_anonymous_s3(path)
+        else:
+            found, inner = pafs.FileSystem.from_uri(path)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         found, inner = _through_fsspec(path, scheme)
     return wrap(found), inner.rstrip("/")

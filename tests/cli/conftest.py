@@ -1,4 +1,4 @@
-"""Runs on this disk, and a server that speaks S3."""
+"""Runs on this disk, and servers that speak S3 and GCS."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.cli import runs
-from tests.storage.conftest import s3
+from tests.storage.conftest import gcs, s3
 
-__all__ = ["s3"]
+__all__ = ["gcs", "s3"]
 
 
 @pytest.fixture

@@ -6,11 +6,14 @@ import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 import torch
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication
 from safetensors.torch import load
 
+from ray_accel_ckpt import open_checkpoint
 from ray_accel_ckpt.runtime.record import SNAPSHOT
 from ray_accel_ckpt.storage.filesystem import Filesystem, resolve
 from tests.cli import runs
@@ -123,6 +126,65 @@ def test_a_time_is_told_of_every_object(run: str, bucket: Filesystem) -> None:
     assert all(entry.modified is not None for entry in entries)
 
 
+@pytest.fixture
+def signed(s3: str, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of each request that reaches the server, whether somebody has signed it."""
+    del s3
+    seen: list[bool] = []
+    passed_on = DomainDispatcherApplication.__call__
+
+    def seeing(app: Any, environ: dict[str, Any], start_response: Any) -> Any:
+        seen.append("HTTP_AUTHORIZATION" in environ)
+        return passed_on(app, environ, start_response)
+
+    monkeypatch.setattr(DomainDispatcherApplication, "__call__", seeing)
+    return seen
+
+
+@pytest.mark.parametrize("kind", ["options", "uri", "environment"])
+def test_a_public_bucket_is_read_without_credentials(
+    run: str, s3: str, kind: str, signed: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though there are some in the environment."""
+    way = _way(kind, run, s3, monkeypatch)
+    document("ls", *way)
+    assert signed.pop()
+    signed.clear()
+    listing = document("ls", *way, "--anonymous")
+    assert len(listing["checkpoints"]) == 3
+    assert signed
+    assert not any(signed)
+
+
+def test_who_asks_may_be_said_in_the_uri(
+    run: str, s3: str, signed: list[bool], options: list[str], tmp_path: Path
+) -> None:
+    """Of one of two, too."""
+    public = f"s3://anonymous@{run}/{NAMES[0]}"
+    assert document("verify", public, *options)["good"]
+    assert not any(signed)
+    document("export", public, f"s3://{run}/weights", "--to", "safetensors", *options)
+    assert {*signed} == {True, False}
+    endpoint = f"endpoint_override={s3}&scheme=http&region=us-east-1"
+    signed.clear()
+    ckpt = open_checkpoint(f"{public}?{endpoint}")
+    assert torch.equal(
+        ckpt.state_dict("model")["0.weight"], runs.Worker(40, 0, 2).model.state_dict()["0.weight"]
+    )
+    assert not any(signed)
+
+
+def test_a_name_is_the_same_to_nobody(s3: str, bucket: Filesystem) -> None:
+    """What is escaped in a URI."""
+    path = f"{BUCKET}/{secrets.token_hex(4)} +ü"
+    bucket.write(f"{path}/a", [b"1"])
+    query = f"?endpoint_override={s3}&scheme=http&region=us-east-1"
+    for who in ("", "anonymous@"):
+        filesystem, found = resolve(f"s3://{who}{quote(path)}/{query}")
+        assert found == path
+        assert [entry.name for entry in filesystem.list(found)] == ["a"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
@@ -130,10 +192,16 @@ def test_a_time_is_told_of_every_object(run: str, bucket: Filesystem) -> None:
         (["ls", "s3://b/r", "--endpoint-url", "http://h/bucket"], "is no URL of a server"),
         (["ls", "/disk/run", "--region", "eu"], "nothing that lies there"),
         (["ls", "s3://b/r?region=eu", "--region", "us"], "the URI says region already"),
+        (["ls", "/disk/run", "--anonymous"], "nothing is given that could be read without"),
+        (["ls", "az://b/r", "--anonymous"], "nothing is given that could be read without"),
+        (["ls", "s3://key:secret@b/r", "--anonymous"], "the URI says who asks already"),
+        (["ls", "s3://anonymous@b/r?tls=no", "--region", "us"], "a public bucket says tls"),
     ],
 )
 def test_an_endpoint_that_cannot_be_is_refused(arguments: list[str], why: str) -> None:
-    assert why in refused(*arguments)
+    said = refused(*arguments)
+    assert why in said
+    assert "secret" not in said
 
 
 def test_a_bucket_that_is_not_there(s3: str, options: list[str]) -> None:
