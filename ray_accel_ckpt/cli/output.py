@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable
@@ -26,6 +27,17 @@ def emit(result: Any, render: Callable[[], Iterable[RenderableType]], *, as_json
         typer.echo(json.dumps(_plain(dataclasses.asdict(result)), indent=2))
     else:
         show(*render())
+
+
+def emit_line(event: Any) -> None:
+    """Print one of many, a frozen dataclass, as a line of JSON. Blocks while nobody reads.
+
+    Raises:
+        OSError: stdout leads nowhere any more.
+    """
+    line = json.dumps(_plain(dataclasses.asdict(event))) + "\n"
+    # Past Python's buffer: what could not be written would be tried again at exit, and fail.
+    os.write(sys.stdout.fileno(), line.encode())
 
 
 def show(*renderables: RenderableType) -> None:

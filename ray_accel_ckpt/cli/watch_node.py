@@ -10,12 +10,15 @@ from typing import Annotated
 
 import typer
 
+from ray_accel_ckpt.cli import output
 from ray_accel_ckpt.errors import ConfigurationError
-from ray_accel_ckpt.runtime.node_watch import NodeWatch, WatchSettings
+from ray_accel_ckpt.runtime.node_watch import NodeWatch, WatchEvent, WatchSettings
 from ray_accel_ckpt.runtime.notices.detect import Cloud, source_of
 from ray_accel_ckpt.runtime.notices.metadata import DEFAULT_URL
 from ray_accel_ckpt.runtime.notices.notice import Kind
 from ray_accel_ckpt.runtime.ray_node import RayNode
+
+logger = logging.getLogger(__name__)
 
 
 class OnRebalance(StrEnum):
@@ -64,6 +67,14 @@ def watch_node(
     metadata_url: Annotated[
         str, typer.Option(help="Where the cloud's metadata service is.")
     ] = DEFAULT_URL,
+    as_json: Annotated[
+        bool,
+        typer.Option(
+            "--json",
+            help="Print each notice and each drain on stdout, a JSON document a line. "
+            "The log stays on stderr.",
+        ),
+    ] = False,
 ) -> None:
     """Drain this machine's Ray node before the cloud takes the machine away.
 
@@ -84,9 +95,22 @@ def watch_node(
     handler = logging.StreamHandler()
     handler.setFormatter(_OneLine("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
-    watch = NodeWatch(source=source_of(cloud, metadata_url), node=node, settings=settings)
+    watch = NodeWatch(
+        source=source_of(cloud, metadata_url),
+        node=node,
+        settings=settings,
+        tell=_print if as_json else None,
+    )
     signal.signal(signal.SIGTERM, lambda *_: watch.terminate())
     watch.run()
+
+
+def _print(event: WatchEvent) -> None:
+    try:
+        output.emit_line(event)
+    except OSError as error:
+        # Whoever read stdout is gone; the machine has to be watched all the same.
+        logger.warning("an event is not printed: %s", error)
 
 
 class _OneLine(logging.Formatter):

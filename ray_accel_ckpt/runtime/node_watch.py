@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -65,6 +66,28 @@ class _Drain:
         return _time(self.deadline) <= _time(other.deadline)
 
 
+@dataclass(frozen=True, kw_only=True)
+class WatchEvent:
+    """Something that a watch has seen or done.
+
+    Attributes:
+        event: ``notice``: something is announced, by the cloud or by SIGTERM. ``gone``: nothing
+            is announced any more. ``drain``: Ray has accepted to drain.
+        at: when, in seconds since the epoch.
+        kind: of a notice: ``taken``, ``at_risk`` or ``paused``.
+        reason: the cloud's own words, also those that Ray was told.
+        deadline: the end that is announced, or the one that Ray was told; None if there is none.
+        node: the Ray node that is drained.
+    """
+
+    event: str
+    at: float
+    kind: str | None = None
+    reason: str | None = None
+    deadline: float | None = None
+    node: str | None = None
+
+
 class _Signal(Enum):
     TERMINATE = "terminate"
 
@@ -74,10 +97,22 @@ class NodeWatch:
 
     A notice drains once; another one drains again only if its deadline is
     earlier. Ray is asked until it accepts.
+
+    Args:
+        tell: called with each event, on the thread that runs; must not raise. None: the log
+            is enough.
     """
 
-    def __init__(self, *, source: NoticeSource | None, node: Node, settings: WatchSettings) -> None:
+    def __init__(
+        self,
+        *,
+        source: NoticeSource | None,
+        node: Node,
+        settings: WatchSettings,
+        tell: Callable[[WatchEvent], None] | None = None,
+    ) -> None:
         self._node = node
+        self._tell = tell or (lambda event: None)
         self._settings = settings
         # SimpleQueue: the one queue that a signal handler may put into.
         self._events: queue.SimpleQueue[Notice | _Signal | None] = queue.SimpleQueue()
@@ -129,8 +164,10 @@ class NodeWatch:
 
     def _hear(self, notice: Notice | _Signal | None) -> None:
         if not isinstance(notice, Notice):
+            self._tell(WatchEvent(event="gone", at=time.time()))
             self._forget()
             return
+        self._tell_of(notice)
         if notice.kind not in self._settings.drains:
             logger.warning("%s: %s; not drained for this", notice.reason, notice.kind.value)
             self._forget()
@@ -138,6 +175,17 @@ class NodeWatch:
         deadline = None if notice.deadline is None else notice.deadline - self._settings.margin
         logger.warning("%s: %s%s", notice.reason, notice.kind.value, _in(notice.deadline))
         self._want(_Drain(reason=notice.reason, deadline=deadline))
+
+    def _tell_of(self, notice: Notice) -> None:
+        self._tell(
+            WatchEvent(
+                event="notice",
+                at=time.time(),
+                kind=notice.kind.name.lower(),
+                reason=notice.reason,
+                deadline=notice.deadline,
+            )
+        )
 
     def _forget(self) -> None:
         if self._accepted is not None:
@@ -159,23 +207,27 @@ class NodeWatch:
         """Have Ray drain as wanted, if it can be reached now."""
         if self._wanted is None:
             return
-        deadline = self._wanted.deadline
+        reason, deadline = self._wanted.reason, self._wanted.deadline
+        told = None if deadline is None else max(deadline, time.time())
         try:
-            node_id = self._node.drain(
-                self._wanted.reason, None if deadline is None else max(deadline, time.time())
-            )
+            node_id = self._node.drain(reason, told)
         except DrainError as error:
             if str(error) != self._failure:
                 logger.warning("not drained yet, trying on: %s", error)
             self._failure = str(error)
             return
-        logger.warning("Ray drains node %s%s (%s)", node_id, _in(deadline), self._wanted.reason)
+        logger.warning("Ray drains node %s%s (%s)", node_id, _in(deadline), reason)
+        drained = WatchEvent(
+            event="drain", at=time.time(), reason=reason, deadline=told, node=node_id
+        )
+        self._tell(drained)
         self._accepted, self._wanted, self._failure = self._wanted, None, ""
         self._found = True
 
     def _leave(self) -> None:
         end = time.time() + self._settings.grace
         logger.warning("SIGTERM: %g s are left", self._settings.grace)
+        self._tell_of(Notice(kind=Kind.TAKEN, reason="SIGTERM", deadline=end))
         pending = _time(self._wanted.deadline) if self._wanted is not None else end
         self._want(_Drain(reason="SIGTERM", deadline=min(end, pending)))
         while (left := end - time.time()) > 0:

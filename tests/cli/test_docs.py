@@ -20,6 +20,7 @@ from ray_accel_ckpt.cli.verify import Verified
 from ray_accel_ckpt.image.difference import Difference
 from ray_accel_ckpt.report.history import Attempt, Save, Spent
 from ray_accel_ckpt.runtime.listing import ListedCheckpoint, RunListing
+from ray_accel_ckpt.runtime.node_watch import WatchEvent
 from ray_accel_ckpt.runtime.quiet import Swept, SweptDirectory
 from ray_accel_ckpt.state.leaves import Form
 from ray_accel_ckpt.storage import comparison, description, proving
@@ -47,6 +48,11 @@ DOCUMENTS = {
     "heal": (Healed,),
     "sweep": (Swept, SweptDirectory),
     "report": (Reported, Attempt, Save, Spent),
+    "watch-node": (WatchEvent,),
+}
+VALUES = {
+    "ls": {"good", "torn", "absent"},
+    "watch-node": {"notice", "taken", "at_risk", "paused", "drain"},
 }
 
 
@@ -80,7 +86,7 @@ def test_each_key_of_a_document_is_on_the_page(command: str) -> None:
     page = (DOCS / "cli.md").read_text()
     [row] = re.findall(rf"^\| `{command}` \| (`.*) \|$", page.partition("## JSON")[2], re.MULTILINE)
     keys = {field.name for kind in DOCUMENTS[command] for field in dataclasses.fields(kind)}
-    values = {"good", "torn", "absent"} if command == "ls" else set()
+    values = VALUES.get(command, set())
     said = set(re.findall(r"`(\w+)`", row))
     assert said - values - {"gone", "damaged"} == keys - values
 
@@ -88,8 +94,7 @@ def test_each_key_of_a_document_is_on_the_page(command: str) -> None:
 def test_each_option_is_on_the_page_or_in_the_help() -> None:
     page = (DOCS / "cli.md").read_text()
     options = re.findall(r"(?<!-)(--[a-z][a-z-]+)", page)
-    commands = ["ls", "show", "verify", "diff", "export", "heal", "sweep", "report"]
-    known = "".join(told(command, "--help") for command in commands) + told("--help")
+    known = "".join(told(command, "--help") for command in DOCUMENTS) + told("--help")
     assert [option for option in options if option not in known] == []
     assert all(f"`{to}`" in page for to in To)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -28,13 +29,16 @@ def run(*arguments: str) -> Any:
 class Daemon:
     """`watch-node` with a node that writes what is asked of it to a file."""
 
-    def __init__(self, place: Path, *options: str) -> None:
+    def __init__(self, place: Path, *options: str, stdout: int | None = None) -> None:
         self._record = place / "record"
         self._log = place / "log"
+        self._out = place / "out"
         script = str(ROOT / "tests" / "node" / "recorded.py")
         command = [sys.executable, script, str(self._record), "watch-node", *options]
-        with self._log.open("w") as log:
-            self._process = subprocess.Popen(command, cwd=ROOT, stderr=log)
+        with self._log.open("w") as log, self._out.open("w") as out:
+            self._process = subprocess.Popen(
+                command, cwd=ROOT, stderr=log, stdout=out if stdout is None else stdout
+            )
         until(lambda: "watching over" in self.log or self._process.poll() is not None, self.log)
 
     def __enter__(self) -> Daemon:
@@ -47,6 +51,11 @@ class Daemon:
     @property
     def log(self) -> str:
         return self._log.read_text()
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """What is printed on stdout."""
+        return [json.loads(line) for line in self._out.read_text().splitlines()]
 
     @property
     def drains(self) -> list[dict[str, Any]]:
@@ -82,6 +91,60 @@ def test_a_notice_then_sigterm(tmp_path: Path) -> None:
         assert len(daemon.drains) == 1, "SIGTERM leaves more time than the notice"
         assert "this machine runs in GCP" in daemon.log
         assert all(line.startswith("20") for line in daemon.log.splitlines()), "one line an event"
+
+
+def test_each_notice_and_each_drain_is_a_line_of_json(tmp_path: Path) -> None:
+    with (
+        FakeMetadata("aws") as service,
+        Daemon(tmp_path, "--json", "--metadata-url", service.url, "--poll", "0.1") as daemon,
+    ):
+        assert daemon.events == []
+        began = time.time()
+        service.recommend_rebalance()
+        until(lambda: len(daemon.events) == 1)
+        service.cancel()
+        until(lambda: len(daemon.events) == 2)
+        service.preempt(2e9)
+        until(lambda: len(daemon.events) == 4)
+        daemon.make(".gone")
+        daemon.send(signal.SIGTERM)
+        assert daemon.exit_status() == 0
+        events = daemon.events
+    times = [event.pop("at") for event in events]
+    seen = [began, *times, time.time()]
+    assert seen == sorted(seen)
+    risk, gone, notice, drain, sigterm, last = events
+    without = {"kind": None, "reason": None, "deadline": None, "node": None}
+    reason = "AWS spot interruption: terminate"
+    assert (risk["event"], risk["kind"], risk["deadline"]) == ("notice", "at_risk", None)
+    assert "rebalance" in risk["reason"]
+    assert gone == {**without, "event": "gone"}
+    told = {"reason": reason, "deadline": 2e9}
+    assert notice == {**without, **told, "event": "notice", "kind": "taken"}
+    told = {"reason": reason, "deadline": 2e9 - 5, "node": "node"}
+    assert drain == {**without, **told, "event": "drain"}
+    assert (sigterm["event"], sigterm["kind"], sigterm["reason"]) == ("notice", "taken", "SIGTERM")
+    assert (last["event"], last["reason"]) == ("drain", "SIGTERM")
+    assert last["deadline"] == sigterm["deadline"]
+
+
+def test_without_json_nothing_is_printed(tmp_path: Path) -> None:
+    with Daemon(tmp_path, "--cloud", "none", "--grace", "1") as daemon:
+        daemon.send(signal.SIGTERM)
+        assert daemon.exit_status() == 0
+        assert len(daemon.drains) == 1
+        assert daemon.events == []
+
+
+def test_a_node_is_drained_also_if_nobody_reads_the_events(tmp_path: Path) -> None:
+    ours, theirs = os.pipe()
+    os.close(ours)
+    with Daemon(tmp_path, "--json", "--cloud", "none", "--grace", "1", stdout=theirs) as daemon:
+        os.close(theirs)
+        daemon.send(signal.SIGTERM)
+        assert daemon.exit_status() == 0
+        assert len(daemon.drains) == 1
+        assert "an event is not printed" in daemon.log
 
 
 @pytest.mark.parametrize("cloud", ["none", "auto"])
