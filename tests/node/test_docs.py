@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+
 import pytest
 
 from ray_accel_ckpt.runtime.fake_metadata import FakeMetadata
+from ray_accel_ckpt.runtime.node_watch import WatchEvent
 from ray_accel_ckpt.runtime.notices.detect import Cloud, source_of
 from ray_accel_ckpt.runtime.notices.notice import Kind, Notice
 from tests.pages import snippets
@@ -28,3 +32,9 @@ def test_the_code_of_the_page_runs(
     assert [each and each.kind for each in heard] == [Kind.TAKEN]
     command = "ray-accel-ckpt watch-node --cloud aws --metadata-url http://"
     assert capsys.readouterr().out.startswith(command)
+
+
+def test_the_lines_of_the_page_are_events() -> None:
+    (lines,) = snippets("docs/notices.md", "json")
+    keys = [field.name for field in dataclasses.fields(WatchEvent)]
+    assert [list(json.loads(line)) for line in lines.splitlines()] == [keys, keys]

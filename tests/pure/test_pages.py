@@ -62,7 +62,11 @@ BLOCKS: dict[str, dict[str, tuple[int, tuple[str, ...]]]] = {
         "text": _by(1),
     },
     "docs/memory.md": {"python": _by(1, "tests/ray/test_docs.py")},
-    "docs/notices.md": {"python": _by(1, "tests/node/test_docs.py"), "sh": _by(1, HERE)},
+    "docs/notices.md": {
+        "python": _by(1, "tests/node/test_docs.py"),
+        "json": _by(1, "tests/node/test_docs.py"),
+        "sh": _by(1, HERE),
+    },
     "docs/performance.md": {},
     "docs/ray-train.md": {"python": _by(5, "tests/ray/test_docs.py")},
     "docs/reliability.md": {"sh": _by(1, HERE)},

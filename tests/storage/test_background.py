@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import pytest
 
@@ -121,17 +122,25 @@ def test_a_failure_is_logged_before_anyone_asks(memory: MemoryFilesystem) -> Non
     assert "\n" not in line
 
 
-def test_a_script_that_ends_without_asking_is_told() -> None:
+def test_a_script_that_ends_without_asking_is_told(tmp_path: Path) -> None:
     """Its process waits for the save, and prints what became of it."""
     script = """
+import sys
 import torch
 from ray_accel_ckpt import Checkpointer, EverySteps, ProjectConfiguration
-nowhere = ProjectConfiguration("/dev/null/no", automatic_checkpoint_naming=True)
-ckpt = Checkpointer(save=EverySteps(1), project_config=nowhere)
+from ray_accel_ckpt.storage.filesystem import LocalFilesystem
+
+def full(filesystem, path, chunks):
+    raise OSError(28, "No space left on device", path)
+
+LocalFilesystem.write = full
+project = ProjectConfiguration(sys.argv[1], automatic_checkpoint_naming=True)
+ckpt = Checkpointer(save=EverySteps(1), project_config=project)
 ckpt.prepare(torch.nn.Linear(1, 1))
 ckpt.step()
 """
     ended = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True
     )
-    assert "while saving to /dev/null/no/checkpoints/checkpoint_0: StorageError" in ended.stderr
+    place = tmp_path / "checkpoints" / "checkpoint_0"
+    assert f"while saving to {place}: StorageError" in ended.stderr
