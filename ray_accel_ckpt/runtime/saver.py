@@ -42,6 +42,7 @@ class Saver:
         self._preparer, self._slots, self._heartbeat = preparer, slots, heartbeat
         self._chronicle, self._watch, self._overlap = chronicle, watch, overlap
         self._measured = False
+        self._checked: set[str] = set()
 
     def save(self, sink: Sink, *, step: int, epoch: int, metrics: Metrics) -> None:
         """Save what the bundle holds now. Blocks until it is frozen; see `Checkpointer.step`."""
@@ -84,6 +85,11 @@ class Saver:
             replayed=self._watch.replayed(),
             with_gradients=self._preparer.window.open,
         )
+        # Once, and again when there is more, as after an optimizer's first step.
+        names = {name for each in captured.values() for name in each.tensors}
+        if not names <= self._checked:
+            self._bundle.require_loadable(captured)
+            self._checked |= names
         return Moment(
             captured=captured,
             late=self._bundle.written_by_optimizers(captured) if self._overlap else {},

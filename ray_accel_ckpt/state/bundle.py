@@ -11,7 +11,12 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ray_accel_ckpt.errors import ConfigurationError, StateMismatchError
+from ray_accel_ckpt.errors import (
+    ConfigurationError,
+    CorruptCheckpointError,
+    StateMismatchError,
+    UnsupportedStateError,
+)
 from ray_accel_ckpt.state.loader import PreparedLoader
 from ray_accel_ckpt.state.materialise import Unset
 from ray_accel_ckpt.state.model import ModelPart
@@ -19,6 +24,7 @@ from ray_accel_ckpt.state.optimizer import OptimizerPart
 from ray_accel_ckpt.state.part import Captured, Differences, Part, SavedPart, Scope
 from ray_accel_ckpt.state.parts import GradientPart, ObjectPart, RngPart, Stateful
 from ray_accel_ckpt.state.sharding import is_sharded, local
+from ray_accel_ckpt.state.tree import unflatten
 
 logger = logging.getLogger(__name__)
 P = TypeVar("P")
@@ -129,6 +135,26 @@ class StateBundle:
             captured[self.gradients.name] = self.gradients.capture()
         captured[self.rng.name] = self.rng.capture()
         return captured
+
+    def require_loadable(self, captured: Mapping[str, Captured]) -> None:
+        """Let each part look at what was captured of it as it would when it is loaded.
+
+        Raises:
+            UnsupportedStateError: naming a part that would refuse it.
+        """
+        parts: dict[str, Part] = {**self._parts, self.gradients.name: self.gradients}
+        parts[self.rng.name] = self.rng
+        for name, each in captured.items():
+            try:
+                parts[name].check(unflatten(each.value, each.tensors))
+            except CorruptCheckpointError as e:
+                raise UnsupportedStateError(
+                    f"what would be saved of part {name!r} could not be loaded",
+                    where=name,
+                    why=e.why,
+                    remedy="change what is said to be wrong with it, or do not prepare or "
+                    "register it: no checkpoint with it would be good",
+                ) from e
 
     def written_by_optimizers(
         self, captured: Mapping[str, Captured]

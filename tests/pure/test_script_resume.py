@@ -539,6 +539,40 @@ def test_a_state_that_cannot_be_saved_is_refused_when_saving(tmp_path: Path) -> 
     ckpt.save_state()
 
 
+@pytest.mark.usefixtures("own_bit_generator")
+def test_what_no_load_would_take_is_refused_by_the_first_save(tmp_path: Path) -> None:
+    class Mine(np.random.PCG64):
+        """Which a life that resumes cannot make anew."""
+
+    ckpt = checkpointer(tmp_path)
+    np.random.set_bit_generator(Mine(1))
+    with pytest.raises(errors.UnsupportedStateError, match=r"part 'rng'.*\n.*\n.*'Mine'"):
+        ckpt.save_state()
+    assert checkpoints(tmp_path) == []
+    np.random.set_bit_generator(np.random.PCG64(1))
+    ckpt.save_state()
+    assert ckpt.load_state()
+
+
+def test_what_no_load_would_take_is_refused_when_it_first_comes_to_be(tmp_path: Path) -> None:
+    class Odd(torch.optim.SGD):
+        """Keeps its state as no optimizer does."""
+
+        def step(self, closure: Any = None) -> Any:
+            super().step(closure)
+            self.state.update({p: [torch.ones(1)] for p in self.param_groups[0]["params"]})
+
+    ckpt = Checkpointer(project_config=project(tmp_path))
+    model = ckpt.prepare(nn.Linear(2, 1))
+    optimizer = ckpt.prepare(Odd(model.parameters()))
+    ckpt.save_state()
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    with pytest.raises(errors.UnsupportedStateError, match="part 'optimizer'"):
+        ckpt.save_state()
+    assert checkpoints(tmp_path) == ["checkpoint_0"]
+
+
 def test_a_single_object_is_returned_as_it_is(tmp_path: Path) -> None:
     ckpt = checkpointer(tmp_path)
     assert ckpt.prepare("anything") == "anything"
