@@ -51,8 +51,9 @@ _SCALER = ("scale", "step", "update", "state_dict", "load_state_dict")
 class Checkpointer:
     """Saves all that a training loop is made of, and brings it back bit for bit.
 
-    Made inside `train_loop_per_worker`, or in a plain script or one under
-    `torchrun`. Every rank makes one and calls its methods in the same order.
+    Made inside `train_loop_per_worker`, or in a plain script, or in one under
+    `torchrun` that sets up its process group. Every rank makes one and calls its
+    methods in the same order.
 
     Args:
         save: when `step` saves: ``EverySteps(50)``, ``EverySeconds(600)``,

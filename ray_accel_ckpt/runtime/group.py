@@ -1,7 +1,7 @@
 """The workers as a group: what few words they exchange, and never during a save.
 
-Spoken over `torch.distributed`'s default group, which a `TorchTrainer` or
-`torchrun` sets up; without one, a process is a group of its own. What travels is
+Spoken over `torch.distributed`'s default group, which a `TorchTrainer` sets up and a script
+under `torchrun` itself; without one, a process is a group of its own. What travels is
 JSON in byte tensors: nothing is pickled.
 """
 

@@ -118,6 +118,7 @@ class Session:
                 why="no process group was set up",
                 remedy="use TorchTrainer, which sets one up before the loop begins",
             )
+        _require_group_of_torchrun(self.group)
         seed = torch.initial_seed() if self._given_seed is None else self._given_seed
         self.attempt, self.seed = self.group.from_rank_zero([secrets.token_hex(3), seed])
         _ATTEMPTS.add(self.attempt)
@@ -265,4 +266,15 @@ class Session:
             earlier.where.rpartition("/")[2],
             earlier.step,
             "" if limit is None else f"; total_limit={limit} removes the earlier ones",
+        )
+
+
+def _require_group_of_torchrun(group: Group) -> None:
+    """Raise `ConfigurationError` if `torchrun` has started peers that this process cannot hear."""
+    launched = os.environ.get("WORLD_SIZE", "1") if "TORCHELASTIC_RUN_ID" in os.environ else "1"
+    if launched != "1" and group.world_size == 1:
+        raise ConfigurationError(
+            f"torchrun has started {launched} processes, and this one knows of no other",
+            why="no process group was set up: each would train and save as if it were alone",
+            remedy="call torch.distributed.init_process_group() before prepare() and load_state()",
         )

@@ -987,6 +987,20 @@ def test_saves_need_a_place(naming: Any) -> None:
         Checkpointer(save=EverySteps(1), **naming)
 
 
+@pytest.mark.parametrize("call", ["prepare", "load_state", "save_state"])
+def test_peers_that_were_not_joined_are_not_trained_beside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """`torchrun` starts processes, and no process group: that is the script's to do."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    ckpt = checkpointer(tmp_path)
+    with pytest.raises(errors.ConfigurationError, match="init_process_group"):
+        getattr(ckpt, call)(*([network()] if call == "prepare" else []))
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    ckpt.save_state()
+
+
 def test_saving_and_loading_by_hand_need_a_place() -> None:
     with pytest.raises(errors.ConfigurationError, match="nowhere to save to"):
         Checkpointer().save_state()
