@@ -145,7 +145,8 @@ class Restorer:
             f"none of {len(faults)} checkpoints can be loaded",
             where=directory,
             why="\n".join(faults.values()) or "Ray knows of a checkpoint, and there is none",
-            remedy="see what damaged them; to start anew all the same, use another run name",
+            remedy="see what damaged them; to start anew all the same, use another run name, or "
+            "without Ray another project_dir",
         )
 
     def exactly(self, path: str) -> Restored:
