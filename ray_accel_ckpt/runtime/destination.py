@@ -23,7 +23,7 @@ from ray_accel_ckpt.state.tree import tensor_refs
 
 
 class Destination:
-    """The plan's live tensors, and fresh ones, of the right device and sharding, for the rest.
+    """The plan's live tensors, and fresh ones for the rest: of the right device, layout, sharding.
 
     Attributes:
         all: every tensor of the plan by stored name. What is not live yet has no values yet.
@@ -40,11 +40,13 @@ class Destination:
                 if name in self.all:
                     continue
                 info = snapshot.located(name, rank)[0].info
-                if name in plan.templates:
-                    self.all[name] = empty_like(plan.templates[name], dtype_of(info))
+                template, dtype = plan.templates.get(name), dtype_of(info)
+                target = device if where == "accelerator" else torch.device("cpu")
+                if template is None:
+                    self.all[name] = torch.empty(info.shape, dtype=dtype, device=target)
                 else:
-                    target = device if where == "accelerator" else torch.device("cpu")
-                    self.all[name] = torch.empty(info.shape, dtype=dtype_of(info), device=target)
+                    place = None if is_sharded(template) else target
+                    self.all[name] = empty_like(template, dtype, place)
         self._boxes = {name: _box_of(name, tensor) for name, tensor in self.all.items()}
 
     def is_live(self, piece: Piece) -> bool:

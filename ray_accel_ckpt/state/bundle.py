@@ -40,7 +40,7 @@ class Plan:
     Attributes:
         parts: what will be applied, in order, each with what the checkpoint holds of it.
         targets: live tensors that stored ones are copied into, by stored name.
-        templates: sharded tensors that fresh ones are made like, by stored name.
+        templates: tensors that fresh ones are made like, by stored name.
         replicated: stored names of what has to be the same on all ranks.
     """
 

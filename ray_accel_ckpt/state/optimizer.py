@@ -146,13 +146,11 @@ class OptimizerPart:
         return {}
 
     def templates(self, saved: SavedPart) -> Mapping[str, torch.Tensor]:
-        if not self._sharded():
-            return {}
+        # Fused kernels go through parameter and state as they lie in memory.
         return {
             ref: parameter
             for _, parameter, ref in self._states(saved.value, self._named())
-            if is_sharded(parameter)
-            and saved.tensors[ref].shape == tuple(parameter.shape)
+            if saved.tensors[ref].shape == tuple(parameter.shape)
             # The count of steps has the shape of a scalar parameter, and is no part of it.
             and not ref.endswith("/step")
         }

@@ -101,9 +101,9 @@ class Part(Protocol):
         ...
 
     def templates(self, saved: SavedPart) -> Mapping[str, torch.Tensor]:
-        """`DTensor`s whose mesh and placements tensors that are allocated anew get, by name.
+        """Tensors whose memory layout, mesh and placements such that are allocated anew get.
 
-        A tensor that neither this nor `targets` names becomes a plain one, whole on each rank.
+        By name. What neither this nor `targets` names is contiguous, and whole on each rank.
         """
         ...
 

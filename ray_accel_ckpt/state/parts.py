@@ -133,8 +133,7 @@ class GradientPart(_Plain):
         return {
             refs[name]: parameter
             for name, parameter in self._named()
-            if is_sharded(parameter)
-            and refs.get(name) in saved.tensors
+            if refs.get(name) in saved.tensors
             and saved.tensors[refs[name]].shape == tuple(parameter.shape)
         }
 
@@ -153,8 +152,8 @@ class GradientPart(_Plain):
         A parameter that is sharded now has gradients that are summed over the
         ranks; of one that was not, each rank has saved its own.
         """
-        templates = self.templates(saved)
-        return all(saved.tensors[name].sharded for name in templates)
+        templates = self.templates(saved).items()
+        return all(saved.tensors[name].sharded for name, p in templates if is_sharded(p))
 
     def apply(self, state: Any) -> None:
         for name, parameter in self._named():

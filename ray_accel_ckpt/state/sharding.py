@@ -107,10 +107,16 @@ def held(tensor: torch.Tensor, where: str) -> Held:
     return Held(box=box, peers=peers, layout=f"{_text(mesh)} {placements}")
 
 
-def empty_like(template: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A fresh `DTensor` of the mesh, placements, shape and device of `template`, not filled."""
+def empty_like(
+    template: torch.Tensor, dtype: torch.dtype, device: torch.device | None = None
+) -> torch.Tensor:
+    """A fresh tensor of the shape, memory layout and sharding of `template`, not filled.
+
+    Args:
+        device: where it lies; None: where `template` does.
+    """
     # Not DTensor.from_local: that moves what is offloaded to the host onto the mesh's device.
-    return torch.empty_like(template.detach(), dtype=dtype)
+    return torch.empty_like(template.detach(), dtype=dtype, device=device)
 
 
 def reshard(module: nn.Module) -> None:

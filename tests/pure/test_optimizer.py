@@ -206,6 +206,62 @@ def test_wide_state_of_narrow_parameters_is_not_rounded(tmp_path: Path) -> None:
     assert torch.equal(found, torch.full((4, 4), 1 / 3))
 
 
+FUSED: dict[str, Make] = {
+    "AdamW": lambda m: torch.optim.AdamW(m.parameters(), 0.01, amsgrad=True, fused=True),
+    "SGD": lambda m: torch.optim.SGD(m.parameters(), 0.01, momentum=0.9, fused=True),
+    "Adagrad": lambda m: torch.optim.Adagrad(m.parameters(), 0.01, fused=True),
+}
+
+
+def laid_out() -> nn.Module:
+    """Parameters that lie in memory in another order than that of their indices."""
+    torch.manual_seed(1)
+    model = nn.ParameterDict()
+    model["conv"] = torch.randn(3, 4, 2, 2).to(memory_format=torch.channels_last)
+    model["transposed"] = torch.randn(4, 3).t()
+    return model
+
+
+def descend(model: nn.Module, optimizer: Optimizer, count: int) -> None:
+    for n in range(count):
+        optimizer.zero_grad()
+        for parameter in model.parameters():
+            weights = torch.linspace(-1, n + 1, parameter.numel()).view(parameter.shape)
+            (parameter * weights).square().sum().backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+
+
+@pytest.mark.parametrize("kind", FUSED)
+def test_state_lies_in_memory_as_its_parameter_does(tmp_path: Path, kind: str) -> None:
+    """Fused kernels go through both as they lie, whatever the strides say."""
+    model, other = laid_out(), laid_out()
+    ckpt, optimizer = prepared(tmp_path, model, FUSED[kind])
+    descend(model, optimizer, 2)
+    ckpt.save_state()
+    descend(model, optimizer, 2)
+
+    again, resumed = prepared(tmp_path, other, FUSED[kind])
+    assert again.load_state()
+    descend(other, resumed, 2)
+    assert digest(other, resumed) == digest(model, optimizer)
+
+
+def test_gradients_of_a_window_lie_in_memory_as_their_parameters_do(tmp_path: Path) -> None:
+    """A norm sums them as they lie: in another order it rounds otherwise."""
+    lives = []
+    for _ in range(2):
+        ckpt = checkpointer(tmp_path)
+        lives.append((ckpt, ckpt.prepare(nn.Conv2d(4, 3, 2).to(memory_format=torch.channels_last))))
+    (ckpt, model), (again, other) = lives
+    model(torch.ones(1, 4, 3, 3)).square().sum().backward()
+    ckpt.save_state()
+    assert again.load_state()
+    assert model.weight.grad.stride() != torch.empty(3, 4, 2, 2).stride()
+    for mine, its in zip(other.parameters(), model.parameters(), strict=True):
+        assert mine.grad.stride() == its.grad.stride()
+        assert torch.equal(mine.grad, its.grad)
+
+
 def test_what_is_loaded_is_not_shared_with_another_optimizer(tmp_path: Path) -> None:
     model = two_layers()
     ckpt, optimizer = prepared(tmp_path, model, adam)
