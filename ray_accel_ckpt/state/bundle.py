@@ -23,7 +23,7 @@ from ray_accel_ckpt.state.model import ModelPart
 from ray_accel_ckpt.state.optimizer import OptimizerPart
 from ray_accel_ckpt.state.part import Captured, Differences, Part, SavedPart, Scope
 from ray_accel_ckpt.state.parts import GradientPart, ObjectPart, RngPart, Stateful
-from ray_accel_ckpt.state.sharding import is_sharded, local
+from ray_accel_ckpt.state.sharding import is_sharded, memory_of
 from ray_accel_ckpt.state.tree import unflatten
 
 logger = logging.getLogger(__name__)
@@ -168,13 +168,13 @@ class StateBundle:
         for part in self.of_type(OptimizerPart):
             for tensor in part.written():
                 seen = (tensor, tensor._local_tensor) if is_sharded(tensor) else (tensor,)  # type: ignore[attr-defined]
-                written[_storage(tensor)] = (*written.get(_storage(tensor), ()), *seen)
+                written[memory_of(tensor)] = (*written.get(memory_of(tensor), ()), *seen)
         return {
-            name: written[_storage(tensor)]
+            name: written[memory_of(tensor)]
             for each in captured.values()
             if each.kind in (ModelPart.kind, OptimizerPart.kind)
             for name, tensor in each.tensors.items()
-            if _storage(tensor) in written and _storage(tensor)
+            if memory_of(tensor) in written and memory_of(tensor)
         }
 
     def frozen(self, captured: Mapping[str, Captured]) -> frozenset[str]:
@@ -294,15 +294,6 @@ class StateBundle:
 
     def _index(self) -> dict[int, str]:
         return {id(p): name for name, p in self._named_parameters()}
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    """What tensors of one memory have in common; 0 for those that have none."""
-    try:
-        return local(tensor).untyped_storage().data_ptr()
-    except RuntimeError:
-        # Subclasses that only wrap others.
-        return 0
 
 
 def _fits(part: Part, stored: SavedPart) -> bool:

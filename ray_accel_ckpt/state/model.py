@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
 
 from ray_accel_ckpt.errors import UnsupportedStateError
 from ray_accel_ckpt.state.materialise import Unset
 from ray_accel_ckpt.state.part import Captured, Differences, SavedPart, Scope, require
-from ray_accel_ckpt.state.sharding import has_unreduced_gradients, is_sharded, reshard
+from ray_accel_ckpt.state.sharding import (
+    has_unreduced_gradients,
+    is_sharded,
+    local,
+    memory_of,
+    reshard,
+)
 from ray_accel_ckpt.state.tree import encoded_items, flatten, same_view, tensor_ref
 
 _EXTRA_STATE = "_extra_state"
@@ -30,7 +39,10 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 class ModelPart:
-    """Names are those of the unwrapped module's `state_dict()`; copies go in place.
+    """Names are those of the unwrapped module's `state_dict()`; values go in place.
+
+    Where `state_dict()` returns no memory of the module but copies (hooks that clone or cast,
+    metrics, packed weights), the module's own `load_state_dict` takes them.
 
     Args:
         unset: what has no values until it is loaded.
@@ -56,6 +68,8 @@ class ModelPart:
             f"{self.name}/{n}" for n, _ in self.module.named_parameters(remove_duplicate=False)
         }
         own = {f"{self.name}/{n}" for n in self.own_names()}
+        buffers = {f"{self.name}/{n}" for n, _ in self.module.named_buffers(remove_duplicate=False)}
+        added: dict[str, torch.Tensor] = {}
         scopes = {}
         for name, tensor in flat.tensors.items():
             if is_sharded(tensor):
@@ -66,6 +80,11 @@ class ModelPart:
                 scopes[name] = Scope.REPLICATED
             else:
                 scopes[name] = self._buffer_scope()
+                key = name.removeprefix(f"{self.name}/")
+                if name not in buffers and key in state and not _is_extra(key):
+                    added[name] = tensor
+        if added:
+            scopes |= self._scopes_of_added(added)
         return Captured(
             kind=self.kind,
             per_rank=False,
@@ -94,20 +113,15 @@ class ModelPart:
                 )
 
     def targets(self, saved: SavedPart) -> Mapping[str, torch.Tensor]:
-        stored = _entries(saved)
-        targets = {}
-        for name, tensor in self.module.state_dict().items():
-            ref = stored.get(name)
-            if not isinstance(tensor, torch.Tensor) or ref is None or _is_extra(name):
-                continue
-            spec = saved.tensors.get(ref)
-            if spec is not None and (spec.dtype, spec.shape) == (tensor.dtype, tuple(tensor.shape)):
-                targets[ref] = tensor
-        return targets
+        live = self.module.state_dict()
+        copies = self._copies(live)
+        return {ref: t for name, ref, t in _fitting(live, saved) if name not in copies}
 
     def templates(self, saved: SavedPart) -> Mapping[str, torch.Tensor]:
-        del saved
-        return {}
+        live = self.module.state_dict()
+        copies = self._copies(live)
+        fitting = _fitting(live, saved)
+        return {ref: t for name, ref, t in fitting if name in copies and is_sharded(t)}
 
     def check(self, state: Any) -> None:
         known = isinstance(state, Mapping) and all(type(name) is str for name in state)
@@ -115,9 +129,13 @@ class ModelPart:
 
     def apply(self, state: Any) -> None:
         live = self.module.state_dict()
+        copies = self._copies(live)
         self.unset.names.difference_update(state)
+        given = {n: saved for n, saved in state.items() if n in copies and _fits(live[n], saved)}
         with torch.no_grad():
             for name, saved in state.items():
+                if name in copies:
+                    continue
                 if _is_extra(name):
                     if name in live:
                         owner = name.rpartition(".")[0]
@@ -130,6 +148,8 @@ class ModelPart:
                 fits = both and target.shape == saved.shape
                 if fits and target.dtype == saved.dtype and same_view(target) != same_view(saved):
                     target.copy_(saved)
+            if given:
+                self._give(given, getattr(live, "_metadata", None))
 
     def own_names(self) -> set[str]:
         """Parameters and buffers of which nobody says that they are equal on all ranks.
@@ -168,6 +188,56 @@ class ModelPart:
                 remedy="save after optimizer.step(), or leave the gradient sync on",
             )
 
+    def _copies(self, state: Mapping[str, Any]) -> set[str]:
+        """Names of entries that are no memory of the module: filling them would fill nothing."""
+        held = {memory_of(t) for t in chain(self.module.parameters(), self.module.buffers())}
+        # What has no address has no bytes either.
+        held.add(0)
+        return {
+            name
+            for name, value in state.items()
+            if not _is_extra(name)
+            and not (isinstance(value, torch.Tensor) and memory_of(value) in held)
+        }
+
+    def _give(self, state: Mapping[str, Any], metadata: Any) -> None:
+        """Have the module load what its `state_dict()` returns copies of."""
+        given = OrderedDict(state)
+        given._metadata = metadata  # type: ignore[attr-defined]
+        taken = self.module.load_state_dict(given, strict=False)
+        left = [name for name in getattr(taken, "unexpected_keys", ()) if name in state]
+        if not left:
+            return
+        # Memory that is neither a parameter nor a buffer (scales of packed weights), or constant.
+        live = self.module.state_dict()
+        for name in left:
+            if isinstance(live.get(name), torch.Tensor) and _fits(live[name], state[name]):
+                live[name].copy_(state[name])
+        live = self.module.state_dict()
+        lost = [name for name in left if name not in live or not _same(live[name], state[name])]
+        if lost:
+            raise UnsupportedStateError(
+                f"{len(lost)} values of a model's state_dict() are not loaded by anything",
+                where=", ".join(f"{self.name}/{name}" for name in lost[:5]),
+                why="state_dict() returns copies of them, the model's load_state_dict() does not "
+                "take them, and they are not what was saved",
+                remedy="make them buffers, or let _load_from_state_dict or a hook of "
+                "register_load_state_dict_pre_hook take them; then load in a new process: "
+                "the rest of the state may have been loaded here",
+            )
+
+    def _scopes_of_added(self, added: Mapping[str, torch.Tensor]) -> dict[str, Scope]:
+        """Of tensors that are in the state under names that the module does not have.
+
+        Under another name a parameter is still one. What the module does not hold is
+        each worker's own: DDP hands out buffers and nothing else.
+        """
+        own, buffers = self.own_names(), self._buffer_scope()
+        scopes = {memory_of(buffer): buffers for buffer in self.module.buffers()}
+        for name, parameter in self.module.named_parameters(remove_duplicate=False):
+            scopes[memory_of(parameter)] = Scope.PER_RANK if name in own else Scope.REPLICATED
+        return {n: scopes.get(memory_of(t), Scope.PER_RANK) for n, t in added.items()}
+
     def _ignored_by_ddp(self) -> set[str]:
         ignored = getattr(self.module, "_ddp_params_and_buffers_to_ignore", ())
         return set(ignored) if isinstance(self.model, DistributedDataParallel) else set()
@@ -193,3 +263,38 @@ def _is_extra(name: str) -> bool:
 def _entries(saved: SavedPart) -> dict[str, str]:
     """Names of the stored state dict, each with the tensor that holds it ("" for extra state)."""
     return {name: tensor_ref(value) for name, value in encoded_items(saved.value).items()}
+
+
+def _fitting(live: Mapping[str, Any], saved: SavedPart) -> Iterator[tuple[str, str, torch.Tensor]]:
+    """Tensors of a live state that the checkpoint has alike: name, stored name, tensor."""
+    stored = _entries(saved)
+    for name, tensor in live.items():
+        spec = saved.tensors.get(stored.get(name, ""))
+        if not isinstance(tensor, torch.Tensor) or spec is None or _is_extra(name):
+            continue
+        if (spec.dtype, spec.shape) == (tensor.dtype, tuple(tensor.shape)):
+            yield name, stored[name], tensor
+
+
+def _fits(live: Any, saved: Any) -> bool:
+    """Whether a saved value may be given for a live one. Of what is no tensor the module judges."""
+    if not isinstance(live, torch.Tensor):
+        return True
+    both = isinstance(saved, torch.Tensor)
+    return both and (live.dtype, live.shape) == (saved.dtype, saved.shape)
+
+
+def _same(live: Any, saved: Any) -> bool:
+    """Whether two values are the same to the bit, wherever they are."""
+    ours, theirs = (
+        flatten(tree_map_only(torch.Tensor, lambda t: local(t).cpu(), value), "")
+        for value in (live, saved)
+    )
+    return ours.value == theirs.value and all(
+        torch.equal(_bytes(tensor), _bytes(theirs.tensors[name]))
+        for name, tensor in ours.tensors.items()
+    )
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)

@@ -53,6 +53,15 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return here.detach()
 
 
+def memory_of(tensor: torch.Tensor) -> int:
+    """What tensors of one memory have in common; 0 for those that have none."""
+    try:
+        return local(tensor).untyped_storage().data_ptr()
+    except RuntimeError:
+        # Subclasses that only wrap others.
+        return 0
+
+
 def held(tensor: torch.Tensor, where: str) -> Held:
     """What this rank holds of a `DTensor`. Asks no other rank.
 

@@ -147,6 +147,8 @@ def _situations(rank: int, world_size: int, directory: Path) -> None:
     _an_object_of_each_rank(directory / "own")
     _a_scalar_parameter(rank, directory / "scalar")
     _ranks_that_want_different_tensors(rank, directory / "ignored")
+    _of_copies_of_shards(rank, directory / "copies")
+    _with_a_value_of_each_rank(rank, directory / "metric")
     for optimizer in ELEMENTWISE:
         _with(optimizer, rank, directory / optimizer)
 
@@ -369,6 +371,47 @@ ELEMENTWISE = (
     *("Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD"),
     *("NAdam", "RAdam", "RMSprop", "SGD"),
 )
+
+
+def _of_copies_of_shards(rank: int, directory: Path) -> None:
+    """What `state_dict()` returns is no memory of the model: the model loads it itself."""
+
+    def cloned(model: nn.Module) -> nn.Module:
+        clone = lambda *given: given[1].update({n: t.clone() for n, t in given[1].items()})  # noqa: E731
+        model.register_state_dict_post_hook(clone)
+        return model
+
+    ckpt, model, optimizer = _made(cloned(_sharded(_network())))
+    _backward(model, rank)
+    optimizer.step()
+    optimizer.zero_grad()
+    _saved(ckpt, directory)
+    ckpt, other, _ = _made(cloned(_sharded(_network())))
+    assert not torch.equal(_shards(other)["0.weight"], _shards(model)["0.weight"])
+    assert ckpt.load_state(directory)
+    assert all(torch.equal(t, _shards(model)[name]) for name, t in _shards(other).items())
+
+
+def _with_a_value_of_each_rank(rank: int, directory: Path) -> None:
+    """DDP hands out buffers: what a module saves beside them is each worker's own."""
+
+    class Counted(nn.Linear):
+        seen = torch.tensor(-1)
+
+        def _save_to_state_dict(self, state: Any, prefix: str, keep_vars: bool) -> None:
+            super()._save_to_state_dict(state, prefix, keep_vars)
+            state[prefix + "seen"] = self.seen.clone()
+
+        def _load_from_state_dict(self, state: Any, prefix: str, *rest: Any) -> None:
+            self.seen = state.pop(prefix + "seen", self.seen)
+            super()._load_from_state_dict(state, prefix, *rest)
+
+    ckpt, model, _ = _made(Counted(4, 4))
+    model.module.seen = torch.tensor(rank)
+    _saved(ckpt, directory)
+    ckpt, model, _ = _made(Counted(4, 4))
+    assert ckpt.load_state(directory)
+    assert model.module.seen == rank
 
 
 def _optimized(kind: str) -> tuple[Checkpointer, nn.Module, torch.optim.Optimizer]:

@@ -244,6 +244,109 @@ def test_an_extra_state_that_is_a_tensor_comes_back(tmp_path: Path) -> None:
     assert torch.equal(loaded(tmp_path, Scales(2)).scales, torch.arange(5.0))
 
 
+# --- entries that are no memory of the module ----------------------------------------------
+
+
+class Hooked(nn.Module):
+    """Its `state_dict()` goes through `hook`."""
+
+    def __init__(self, hook: Any, value: float = 0.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((2,), value))
+        self.register_buffer("mean", torch.full((3,), value))
+        self.register_state_dict_post_hook(lambda module, state, *_: hook(module, state))
+
+
+def cloned(module: Any, state: dict[str, Any]) -> None:
+    state.update({name: value.clone() for name, value in state.items()})
+
+
+def cast(module: Any, state: dict[str, Any]) -> None:
+    state.update({name: value.bfloat16() for name, value in state.items()})
+
+
+@pytest.mark.parametrize("hook", [cloned, cast])
+def test_what_a_hook_returns_copies_of_is_loaded(tmp_path: Path, hook: Any) -> None:
+    saved(tmp_path, Hooked(hook, 3.0))
+    other = Hooked(hook)
+    weight = other.weight
+    loaded(tmp_path, other)
+    assert other.weight is weight
+    assert (other.weight.tolist(), other.mean.tolist()) == ([3.0] * 2, [3.0] * 3)
+    assert other.weight.dtype is torch.float32
+
+
+class Metric(nn.Module):
+    """As torchmetrics' are with persistent(True): plain attributes, saved as copies."""
+
+    def __init__(self, *values: float) -> None:
+        super().__init__()
+        self.total = torch.tensor(float(sum(values)))
+        self.seen = [torch.tensor(value) for value in values]
+
+    def _save_to_state_dict(self, state: Any, prefix: str, keep_vars: bool) -> None:
+        state[prefix + "total"] = self.total.clone()
+        state[prefix + "seen"] = [value.clone() for value in self.seen]
+
+    def _load_from_state_dict(self, state: Any, prefix: str, *rest: Any) -> None:
+        for name in ("total", "seen"):
+            if prefix + name in state:
+                setattr(self, name, state.pop(prefix + name))
+        super()._load_from_state_dict(state, prefix, *rest)
+
+
+def test_what_a_module_saves_in_its_own_way_is_loaded_in_its_own_way(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"linear": nn.Linear(2, 2), "metric": Metric(1.0, 2.5)})
+    saved(tmp_path, model)
+    other = loaded(tmp_path, nn.ModuleDict({"linear": nn.Linear(2, 2), "metric": Metric()}))
+    assert digest(other) == digest(model)
+    assert other["metric"].total == 3.5
+    assert [value.item() for value in other["metric"].seen] == [1.0, 2.5]
+
+
+def test_what_nothing_but_the_hook_knows_is_loaded_into_its_memory(tmp_path: Path) -> None:
+    """As scales of packed weights, which are neither parameters nor buffers."""
+
+    def model(scale: float) -> Any:
+        module = Hooked(lambda module, state: state.update({"scale": module.scale}))
+        module.scale = torch.tensor(scale)
+        return module
+
+    saved(tmp_path, model(5.0))
+    assert loaded(tmp_path, model(1.0)).scale == 5.0
+
+
+def test_what_nothing_loads_must_be_as_it_was(tmp_path: Path) -> None:
+    def model(version: float) -> nn.Module:
+        both = {"version": torch.tensor(version), "name": "a"}
+        return Hooked(lambda _, state: state.update({**both, "version": both["version"].clone()}))
+
+    saved(tmp_path, model(1.0))
+    loaded(tmp_path, model(1.0))
+    ckpt = checkpointer(tmp_path)
+    ckpt.prepare(model(2.0))
+    with pytest.raises(errors.UnsupportedStateError, match="model/version"):
+        ckpt.load_state()
+
+
+def test_strict_false_leaves_copies_of_another_shape(tmp_path: Path) -> None:
+    saved(tmp_path, Hooked(cloned, 3.0))
+    other = Hooked(cloned)
+    other.mean = torch.zeros(4)
+    loaded(tmp_path, other, strict=False)
+    assert (other.weight.tolist(), other.mean.tolist()) == ([3.0] * 2, [0.0] * 4)
+
+
+def test_a_parameter_under_another_name_is_shared_out_and_what_is_added_is_each_ranks_own() -> None:
+    def hook(module: Any, state: dict[str, Any]) -> None:
+        state["renamed"] = state.pop("weight")
+        state["added"] = torch.ones(1)
+
+    scopes = ModelPart("model", Hooked(hook)).capture().scopes
+    assert scopes["model/renamed"] is Scope.REPLICATED
+    assert scopes["model/added"] is Scope.PER_RANK
+
+
 # --- what does not fit -----------------------------------------------------------------
 
 
