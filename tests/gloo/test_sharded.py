@@ -626,7 +626,7 @@ def _odd_optimizer(mesh: dist.DeviceMesh) -> None:
     optimizer.state[model.weight]["rows"] = torch.zeros(4)
     with pytest.raises(errors.UnsupportedStateError, match="this optimizer's state") as caught:
         ckpt.save_state("/nowhere")
-    assert caught.value.where == "optimizer/state/model.weight/rows"
+    assert "optimizer/state/model.weight/rows" in str(caught.value)
 
 
 def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:

@@ -671,12 +671,14 @@ def test_two_that_save_at_once_get_a_name_each(tmp_path: Path) -> None:
     """One begins a save when the other has its name, and has not written anything yet."""
     one, two = (Checkpointer(project_config=project(tmp_path)) for _ in range(2))
     model, other = one.prepare(network()), two.prepare(network())
+    one.save_state()
+    two.save_state()
     scramble(other)
     others = []
     hook = one.register_save_state_pre_hook(lambda *_: others.append(two.save_state()))
     path = one.save_state()
     hook.remove()
-    assert [Path(path).name, Path(others[0]).name] == ["checkpoint_0", "checkpoint_1"]
+    assert [Path(path).name, Path(others[0]).name] == ["checkpoint_2", "checkpoint_3"]
     for saved, live_one in ((path, model), (others[0], other)):
         found = open_checkpoint(saved).state_dict("model")
         assert all(torch.equal(found[name], t) for name, t in live_one.state_dict().items())
