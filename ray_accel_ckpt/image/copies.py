@@ -152,8 +152,8 @@ class Copies:
                 if copy.versions() != versions:
                     self._changed = copy.name
                     break
-            self._later = ()
             self._judged.set()
+            self._later = ()
 
 
 _UNSETTLED: weakref.WeakSet[Copies] = weakref.WeakSet()

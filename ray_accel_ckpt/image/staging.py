@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -28,8 +29,7 @@ class Slot:
     """One reusable buffer of host memory, pinned where an accelerator copies into it.
 
     Attributes:
-        used: a number that grows from one use to the next, 0 if there is nothing worth
-            keeping in it; the pool's.
+        used: a number that grows from one use to the next; the pool's.
         published: whether others know what is in it.
     """
 
@@ -128,8 +128,22 @@ class Slot:
                 copies.finish()
 
 
+class Lease:
+    """A slot in use: until `release`, or until nobody has this any more.
+
+    So a save that was cut off, by an interrupt between any two steps, takes none with it.
+    """
+
+    def __init__(self, pool: SlotPool, slot: Slot) -> None:
+        self._pool, self.slot = pool, slot
+
+    def release(self) -> None:
+        """From any thread. Again, it does nothing."""
+        self._pool.release(self)
+
+
 class SlotPool:
-    """`slots` slots, handed out to saves and given back when their bytes are durable.
+    """`slots` slots, lent to saves until their bytes are durable.
 
     Args:
         kept: slots there are beside them, so that of those published the newest `kept`
@@ -146,27 +160,43 @@ class SlotPool:
                 remedy="2 lets one save be written while the next is staged",
             )
         self._slots = [make(number) for number in range(slots + kept)]
-        self._free = list(self._slots)
+        self._leases: dict[Slot, weakref.ref[Lease]] = {}
         self._kept = kept
         self._uses = itertools.count(1)
-        self._changed = threading.Condition()
+        # Reentrant: a lease may be collected by a thread that is in here. Nothing blocks in here.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
 
-    def acquire(self) -> Slot:
+    def acquire(self) -> Lease:
         """Wait for a free slot. The wait is bounded by the `storage_timeout` of earlier saves."""
-        with self._changed:
-            self._changed.wait_for(lambda: len(self._free) > self._kept)
-            self._free.sort(key=lambda slot: slot.used)
+        # The lock itself: an interrupt in the condition's own `__enter__` would leave it locked.
+        with self._lock:
+            self._changed.wait_for(lambda: len(self._free()) > self._kept)
+            # What is worth keeping comes last.
+            free = sorted(self._free(), key=lambda slot: slot.used if slot.published else 0)
             # The newest that may go: as long as it does, the memory of others is never touched.
-            slot = self._free.pop(-1 - self._kept)
+            slot = free[-1 - self._kept]
             slot.used = next(self._uses)
-            return slot
+            lease = Lease(self, slot)
+            self._leases[slot] = weakref.ref(lease, self._lapsed)
+            return lease
 
-    def release(self, slot: Slot) -> None:
-        with self._changed:
-            if not slot.published:
-                slot.used = 0
-            self._free.append(slot)
-            self._changed.notify()
+    def release(self, lease: Lease) -> None:
+        """See `Lease.release`."""
+        with self._lock:
+            known = self._leases.get(lease.slot)
+            if known is not None and known() is lease:
+                del self._leases[lease.slot]
+                self._changed.notify_all()
+
+    def _lapsed(self, lease: weakref.ref[Lease]) -> None:
+        del lease
+        with self._lock:
+            self._changed.notify_all()
+
+    def _free(self) -> list[Slot]:
+        leases = {slot: known() for slot, known in self._leases.items()}
+        return [slot for slot in self._slots if leases.get(slot) is None]
 
     def settle(self) -> None:
         """Let anyone change the tensors that are being saved. Raises `TornSnapshotError`."""
@@ -179,17 +209,18 @@ class SlotPool:
 
     def keep_nothing(self) -> None:
         """From now on, be as if `kept` were 0; the slots that are too many go."""
-        with self._changed:
-            for slot in self._free:
-                slot.free()
-            for _ in range(self._kept):
-                self._slots.remove(self._free.pop())
+        with self._lock:
+            free = self._free()
+            for slot in free[len(free) - self._kept :]:
+                self._slots.remove(slot)
             self._kept = 0
+        for slot in free:
+            slot.free()
 
     def drain(self) -> None:
         """Wait until every slot is back."""
-        with self._changed:
-            self._changed.wait_for(lambda: len(self._free) == len(self._slots))
+        with self._lock:
+            self._changed.wait_for(lambda: len(self._free()) == len(self._slots))
 
 
 class _Place(NamedTuple):

@@ -52,19 +52,19 @@ class Resumer:
             only: names of parts; None for all.
         """
         # Alone, a worker needs more than its share: that is no slot for saves.
-        slot = self.slots.acquire() if self.broadcast else Slot()
+        lease = self.slots.acquire() if self.broadcast else None
         try:
             yield Restorer(
                 filesystem=filesystem,
                 group=self.session.group,
-                slot=slot,
+                slot=Slot() if lease is None else lease.slot,
                 device=self.preparer.device,
                 broadcast=self.broadcast,
                 decide=lambda snapshot: self._plan(snapshot, only, strict),
             )
         finally:
-            if self.broadcast:
-                self.slots.release(slot)
+            if lease is not None:
+                lease.release()
 
     def settle(self, restored: Restored, filesystem: Filesystem) -> None:
         """After all of a state was loaded: what follows from it for what was not in it.

@@ -21,7 +21,7 @@ from ray_accel_ckpt.image.frozen import FrozenShare
 from ray_accel_ckpt.image.image import Image, SaveInfo, parts_of
 from ray_accel_ckpt.image.mark import mark_of
 from ray_accel_ckpt.image.shared import SharedSlot
-from ray_accel_ckpt.image.staging import Slot, SlotPool
+from ray_accel_ckpt.image.staging import Lease, SlotPool
 from ray_accel_ckpt.runtime.memory import Memory
 from ray_accel_ckpt.runtime.ray_run import RayRun, in_local_mode
 from ray_accel_ckpt.runtime.report import Metrics, plain_metrics, report
@@ -126,11 +126,11 @@ class RaySink:
         if memory is not None and memory.on:
             memory.wait()
             frozen.append((memory.frozen, True))
-        images, slot = freeze(moment, slots, self._session, save_id=self._save_id, frozen=frozen)
-        release = _after(len(images), lambda: slots.release(slot))
-        if memory is not None and isinstance(slot, SharedSlot):
+        images, lease = freeze(moment, slots, self._session, save_id=self._save_id, frozen=frozen)
+        release = _after(len(images), lease.release)
+        if memory is not None and isinstance(lease.slot, SharedSlot):
             for image in images[1:]:
-                memory.keep(image, slot, release=release)
+                memory.keep(image, lease.slot, release=release)
 
         def after() -> None:
             durable(images[0].layout.nbytes)
@@ -160,11 +160,11 @@ class MemorySink:
         del metrics, durable
         memory = self._memory
         memory.wait()
-        (image,), slot = freeze(
+        (image,), lease = freeze(
             moment, slots, self._session, save_id=self._save_id, frozen=[(memory.frozen, True)]
         )
-        if isinstance(slot, SharedSlot):
-            memory.keep(image, slot, release=lambda: slots.release(slot))
+        if isinstance(lease.slot, SharedSlot):
+            memory.keep(image, lease.slot, release=lease.release)
 
 
 class DirectorySink:
@@ -191,7 +191,7 @@ class DirectorySink:
         session.writer.raise_earlier()
         if not self._automatic:
             session.first(lambda: self._refuse_other(moment.step))
-        (image,), slot = freeze(
+        (image,), lease = freeze(
             moment,
             slots,
             session,
@@ -207,7 +207,7 @@ class DirectorySink:
             self._filesystem,
             self.path,
             image,
-            release=lambda: slots.release(slot),
+            release=lease.release,
             after=after,
         )
 
@@ -234,7 +234,7 @@ def freeze(
     *,
     save_id: str,
     frozen: Sequence[tuple[FrozenShare, bool]],
-) -> tuple[list[Image], Slot]:
+) -> tuple[list[Image], Lease]:
     """Copy this rank's share into a free slot. When it returns, the state may change
     but for what is `late`: see `Slot.fill`.
 
@@ -246,7 +246,8 @@ def freeze(
             be linked to.
 
     Returns:
-        An image for each of these places, and the slot that is the bytes of all of them.
+        An image for each of these places, and the lease of the slot that is the bytes of all
+        of them: to be had for as long as they are needed.
 
     Raises:
         StateMismatchError: the workers' models differ.
@@ -273,7 +274,8 @@ def freeze(
         library=__version__,
     )
     tensors = {name: t for part in captured.values() for name, t in part.tensors.items()}
-    slot = slots.acquire()
+    lease = slots.acquire()
+    slot = lease.slot
     try:
         data = slot.fill(planned.layout, tensors, late=moment.late)
         parts = parts_of(captured, rank=rank)
@@ -291,9 +293,11 @@ def freeze(
             )
             for share, last in frozen
         ]
-        return images, slot
+        return images, lease
     except BaseException:
-        slots.release(slot)
+        # Copies that nobody knows of may be under way to this memory: the next save has other.
+        slot.free()
+        lease.release()
         raise
 
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import threading
+import weakref
+from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from queue import SimpleQueue
 
 from ray_accel_ckpt.image.image import Image
 from ray_accel_ckpt.storage.filesystem import Filesystem
 from ray_accel_ckpt.storage.writer import refuse_overwriting, write_image
 
 logger = logging.getLogger(__name__)
+
+_Jobs = SimpleQueue[Callable[[], None] | None]
+"""None is the end. A queue that an interrupt cannot leave locked, as it can pools and futures."""
 
 
 class BackgroundWriter:
@@ -22,9 +28,9 @@ class BackgroundWriter:
 
     def __init__(self, *, timeout: float) -> None:
         self._timeout = timeout
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ray_accel_ckpt-writer")
-        self._pending: list[Future[None]] = []
-        self._lock = threading.Lock()
+        self._jobs: _Jobs = SimpleQueue()
+        self._failures: deque[BaseException] = deque()
+        weakref.finalize(self, self._jobs.put, None)
 
     def submit(
         self,
@@ -41,6 +47,7 @@ class BackgroundWriter:
             release: called when the image's memory is free again, on success or not.
             after: called when the image is durable.
         """
+        timeout, failures = self._timeout, self._failures
 
         def write() -> None:
             try:
@@ -49,27 +56,29 @@ class BackgroundWriter:
                         filesystem,
                         directory,
                         image,
-                        timeout=self._timeout,
+                        timeout=timeout,
                         before_manifest=lambda: refuse_overwriting(
-                            filesystem, directory, image.info, timeout=self._timeout
+                            filesystem, directory, image.info, timeout=timeout
                         ),
                     )
                 finally:
                     release()
                 after()
-            except BaseException as e:
+            except BaseException as e:  # noqa: BLE001 - raised when it is asked for
                 # A script may end before it asks. One line: who asks gets the traceback.
                 logger.error("while saving to %s: %s", directory, _line(e))  # noqa: TRY400
-                raise
+                failures.append(e)
 
-        with self._lock:
-            self._pending.append(self._pool.submit(write))
+        if self._jobs not in _RUNNING:
+            _start(self._jobs)
+        self._jobs.put(write)
 
     def flush(self) -> None:
         """Wait until nothing is being written. Raises as `raise_earlier`."""
-        with self._lock:
-            pending = list(self._pending)
-        wait(pending)
+        if self._jobs in _RUNNING:
+            done: SimpleQueue[None] = SimpleQueue()
+            self._jobs.put(lambda: done.put(None))
+            done.get()
         self.raise_earlier()
 
     def raise_earlier(self) -> None:
@@ -77,15 +86,37 @@ class BackgroundWriter:
 
         The others are notes of it.
         """
-        with self._lock:
-            done = [future for future in self._pending if future.done()]
-            self._pending = [future for future in self._pending if future not in done]
-        failures = [e for future in done if (e := future.exception()) is not None]
+        failures = [self._failures.popleft() for _ in range(len(self._failures))]
         if failures:
             first, *others = failures
             for other in others:
                 first.add_note(f"and a later save failed: {_line(other)}")
             raise first
+
+
+_RUNNING: dict[_Jobs, threading.Thread] = {}
+
+
+def _start(jobs: _Jobs) -> None:
+    name = "ray_accel_ckpt-writer"
+    thread = threading.Thread(target=_work, args=(jobs,), daemon=True, name=name)
+    thread.start()
+    _RUNNING[jobs] = thread
+
+
+def _work(jobs: _Jobs) -> None:
+    while (job := jobs.get()) is not None:
+        job()
+        # Its memory is not kept until there is another one.
+        del job
+    _RUNNING.pop(jobs, None)
+
+
+@atexit.register
+def _await_all() -> None:
+    for jobs, thread in list(_RUNNING.items()):
+        jobs.put(None)
+        thread.join()
 
 
 def _line(error: BaseException) -> str:

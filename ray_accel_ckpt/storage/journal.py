@@ -95,7 +95,9 @@ class Journal:
         self._unwritten = self._closed = self._failed = False
         self._waiting = 0
         self._written_at = -math.inf
-        self._changed = threading.Condition()
+        # Callers take the lock itself: an interrupt may leave a condition locked that they enter.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._thread = threading.Thread(
             target=self._run, name="ray_accel_ckpt-journal", daemon=True
         )
@@ -105,14 +107,14 @@ class Journal:
     def add(self, kind: str, **fields: Any) -> None:
         """Write down an event of now, soon. What is not JSON in it is written as its text."""
         line = json.dumps({"at": round(time.time(), 3), "event": kind, **fields}, default=str)
-        with self._changed:
+        with self._lock:
             self._lines.append(line.encode() + b"\n")
             self._unwritten = True
             self._changed.notify_all()
 
     def flush(self, timeout: float) -> None:
         """Wait until all that was added is written or given up, so many seconds at most."""
-        with self._changed:
+        with self._lock:
             self._waiting += 1
             self._changed.notify_all()
             self._changed.wait_for(lambda: not self._unwritten, timeout)
@@ -120,7 +122,7 @@ class Journal:
 
     def close(self) -> None:
         """Have the thread write the rest and end. Returns at once."""
-        with self._changed:
+        with self._lock:
             self._closed = True
             self._changed.notify_all()
 

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from queue import SimpleQueue
 
 import pytest
 import torch
@@ -353,7 +354,9 @@ def test_a_save_that_was_given_up_takes_no_slot_for_good(
     with pytest.raises(TornSnapshotError):
         optimizer.step()
     # Until the thread that writes has given up, too.
-    ckpt._session.writer._pool.submit(lambda: None).result()
+    given_up: SimpleQueue[None] = SimpleQueue()
+    ckpt._session.writer._jobs.put(lambda: given_up.put(None))
+    given_up.get()
     with pytest.raises(TornSnapshotError):
         ckpt.step()
     for _ in range(3):

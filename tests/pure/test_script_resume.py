@@ -800,18 +800,18 @@ def test_loading_waits_for_what_the_process_itself_saves(
     ckpt.step()
     ckpt.flush()
     waited_for = threading.Event()
-    write_image, wait = background.write_image, background.wait
+    write_image, flush = background.write_image, background.BackgroundWriter.flush
 
     def held_back(*args: Any, **options: Any) -> None:
         assert waited_for.wait(60)
         write_image(*args, **options)
 
-    def waiting(pending: Any) -> Any:
+    def flushed(self: background.BackgroundWriter) -> None:
         waited_for.set()
-        return wait(pending)
+        flush(self)
 
     monkeypatch.setattr(background, "write_image", held_back)
-    monkeypatch.setattr(background, "wait", waiting)
+    monkeypatch.setattr(background.BackgroundWriter, "flush", flushed)
     ckpt.step()
     try:
         assert ckpt.load_state()

@@ -15,7 +15,7 @@ from ray_accel_ckpt.errors import ConfigurationError
 from ray_accel_ckpt.image.partition import share, specs_of
 from ray_accel_ckpt.image.shard import Layout, plan
 from ray_accel_ckpt.image.shared import SharedSlot
-from ray_accel_ckpt.image.staging import Slot, SlotPool
+from ray_accel_ckpt.image.staging import Lease, Slot, SlotPool
 from tests.helpers_image import part_of
 
 
@@ -140,21 +140,21 @@ def test_a_slot_of_no_place_is_like_any_other() -> None:
 # --- pools that keep ----------------------------------------------------------------------
 
 
-def _release(pool: SlotPool, slot: Slot) -> None:
+def _release(lease: Lease) -> None:
     """Give a slot back that was published."""
-    slot.published = True
-    pool.release(slot)
+    lease.slot.published = True
+    lease.release()
 
 
 def test_the_newest_stay_as_they_are() -> None:
     pool = SlotPool(2, kept=2)
     slots = []
     for _ in range(10):
-        slot = pool.acquire()
+        lease = pool.acquire()
         # Not one of the two before, whichever came back last.
-        assert slot not in slots[-2:]
-        slots.append(slot)
-        _release(pool, slot)
+        assert lease.slot not in slots[-2:]
+        slots.append(lease.slot)
+        _release(lease)
 
 
 def test_one_that_comes_back_late_is_not_new() -> None:
@@ -162,38 +162,40 @@ def test_one_that_comes_back_late_is_not_new() -> None:
     late = pool.acquire()
     newer = []
     for _ in range(2):
-        newer.append(pool.acquire())
-        _release(pool, newer[-1])
-    _release(pool, late)
-    assert pool.acquire() not in newer
+        lease = pool.acquire()
+        newer.append(lease.slot)
+        _release(lease)
+    _release(late)
+    assert pool.acquire().slot not in newer
 
 
 def test_what_was_not_published_is_not_kept() -> None:
     pool = SlotPool(2, kept=2)
     published = [pool.acquire() for _ in range(2)]
-    for slot in published:
-        _release(pool, slot)
+    for lease in published:
+        _release(lease)
     for _ in range(5):
-        slot = pool.acquire()
-        assert slot not in published
-        pool.release(slot)
+        lease = pool.acquire()
+        assert lease.slot not in [each.slot for each in published]
+        lease.release()
 
 
 def test_slots_that_are_not_needed_are_never_touched() -> None:
     pool = SlotPool(2, kept=2)
     touched = set()
     for _ in range(10):
-        slot = pool.acquire()
-        touched.add(id(slot))
-        _release(pool, slot)
+        lease = pool.acquire()
+        touched.add(id(lease.slot))
+        _release(lease)
     assert len(touched) == 3
 
 
 def test_a_pool_that_keeps_nothing_any_more_is_like_any_other() -> None:
     pool = SlotPool(2, kept=2)
     pool.keep_nothing()
-    assert len({id(pool.acquire()) for _ in range(2)}) == 2
-    assert pool._free == []
+    leases = [pool.acquire() for _ in range(2)]
+    assert len({id(lease.slot) for lease in leases}) == 2
+    assert pool._free() == []
 
 
 # --- the setting --------------------------------------------------------------------------

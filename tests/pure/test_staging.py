@@ -10,7 +10,7 @@ import torch
 from ray_accel_ckpt.errors import ConfigurationError
 from ray_accel_ckpt.image.partition import share, specs_of
 from ray_accel_ckpt.image.shard import Layout, plan
-from ray_accel_ckpt.image.staging import Slot, SlotPool
+from ray_accel_ckpt.image.staging import Lease, Slot, SlotPool
 from tests.helpers_image import part_of
 
 
@@ -63,27 +63,53 @@ def test_the_bytes_are_of_the_file_and_no_longer() -> None:
 
 def test_a_pool_hands_out_each_slot_once() -> None:
     pool = SlotPool(3)
-    slots = [pool.acquire() for _ in range(3)]
-    assert len({id(slot) for slot in slots}) == 3
-    pool.release(slots[1])
-    assert pool.acquire() is slots[1]
+    leases = [pool.acquire() for _ in range(3)]
+    assert len({id(lease.slot) for lease in leases}) == 3
+    leases[1].release()
+    assert pool.acquire().slot is leases[1].slot
 
 
 def test_a_save_waits_for_a_slot() -> None:
     pool = SlotPool(1)
-    slot = pool.acquire()
-    got: list[Slot] = []
+    lease = pool.acquire()
+    got: list[Lease] = []
     waiting = threading.Thread(target=lambda: got.append(pool.acquire()))
     waiting.start()
     assert got == []
-    pool.release(slot)
+    lease.release()
     waiting.join()
-    assert got == [slot]
+    assert got[0].slot is lease.slot
+
+
+def test_a_lease_that_nobody_has_any_more_is_over() -> None:
+    pool = SlotPool(1)
+    leases = [pool.acquire()]
+    got: list[Lease] = []
+    waiting = threading.Thread(target=lambda: got.append(pool.acquire()), daemon=True)
+    waiting.start()
+    assert got == []
+    leases.clear()
+    waiting.join(60)
+    assert len(got) == 1
+
+
+def test_a_lease_that_is_over_releases_nothing_of_others() -> None:
+    pool = SlotPool(1)
+    before = pool.acquire()
+    before.release()
+    lease = pool.acquire()
+    before.release()
+    waiting = threading.Thread(target=pool.acquire, daemon=True)
+    waiting.start()
+    waiting.join(0.1)
+    assert waiting.is_alive()
+    lease.release()
+    waiting.join(60)
 
 
 def test_draining_waits_for_all_of_them() -> None:
     pool = SlotPool(2)
-    slots = [pool.acquire(), pool.acquire()]
+    leases = [pool.acquire(), pool.acquire()]
     drained = threading.Event()
 
     def drain() -> None:
@@ -92,9 +118,9 @@ def test_draining_waits_for_all_of_them() -> None:
 
     waiting = threading.Thread(target=drain)
     waiting.start()
-    for slot in slots:
+    for lease in leases:
         assert not drained.is_set()
-        pool.release(slot)
+        lease.release()
     waiting.join()
     assert drained.is_set()
 

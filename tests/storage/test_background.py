@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from queue import SimpleQueue
 
 import pytest
 
@@ -71,11 +72,12 @@ def test_a_flush_that_is_interrupted_forgets_nothing(monkeypatch: pytest.MonkeyP
     writer, memory = BackgroundWriter(timeout=1.0), _Closed()
     _submit(writer, _full_at(memory, 2), 1, 2)
 
-    def interrupted(pending: object) -> None:
-        raise KeyboardInterrupt
+    class Interrupted(SimpleQueue[None]):
+        def get(self, block: bool = True, timeout: float | None = None) -> None:
+            raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(background, "wait", interrupted)
+        patched.setattr(background, "SimpleQueue", Interrupted)
         with pytest.raises(KeyboardInterrupt):
             writer.flush()
     memory.gate.set()
@@ -97,6 +99,19 @@ def test_what_is_under_way_is_awaited_after_an_earlier_failure_was_told() -> Non
     memory.gate.set()
     writer.flush()
     opened(memory, "run/2").verify()
+
+
+def test_a_writer_that_nobody_has_any_more_writes_what_it_was_given() -> None:
+    memory = _Closed()
+    writer = BackgroundWriter(timeout=1.0)
+    _submit(writer, memory, 1, 2)
+    thread = background._RUNNING[writer._jobs]
+    del writer
+    memory.gate.set()
+    thread.join(60)
+    assert not thread.is_alive()
+    for number in (1, 2):
+        opened(memory, f"run/{number}").verify()
 
 
 def test_a_failure_is_logged_before_anyone_asks(memory: MemoryFilesystem) -> None:
