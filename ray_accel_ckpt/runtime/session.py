@@ -78,7 +78,7 @@ class Session:
         self.plans = Plans()
         self.frozen = FrozenShare()
         self.told_of_local_mode = False
-        self._saves_at_step: dict[int, int] = {}
+        self._latest, self._turns = -1, 0
         self.memory: Memory | None = None
         self._names: AutomaticNames | None = None
         self._shared = False
@@ -141,11 +141,14 @@ class Session:
         return work() if self.plan_checked else self.group.agreed(work)
 
     def next_save_id(self, step: int) -> str:
-        """What names one save of a step: the attempt, and a number if it is not the first."""
-        serial = self._saves_at_step.get(step, 0)
-        # Of all steps, not of the latest: a loop may go back to an earlier one by `load_state`.
-        self._saves_at_step[step] = serial + 1
-        return self.attempt + (f"{serial:02x}" if serial else "")
+        """What names one save of a step: the attempt, and how often a loop has not gone on.
+
+        It stays where it is, or goes back by `load_state`: of two saves of one step, the later
+        one has the greater number.
+        """
+        self._turns += step <= self._latest
+        self._latest = step
+        return self.attempt + (f"{self._turns:02x}" if self._turns else "")
 
     @cached_property
     def _project_place(self) -> tuple[Filesystem, str] | None:
