@@ -27,7 +27,8 @@ from ray_accel_ckpt.state.part import (
 from ray_accel_ckpt.state.sharding import is_sharded
 from ray_accel_ckpt.state.tree import Json, encoded_items, tensor_refs
 
-# What torch's element-wise optimizers keep in the shape of the parameter.
+# What torch's own optimizers keep in the shape of the parameter. Others may mean something else
+# by these names: NovoGrad's exp_avg_sq is a number.
 _LIKE_PARAMETER = frozenset(
     ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "grad_avg", "acc_delta")
 )
@@ -156,7 +157,8 @@ class OptimizerPart:
         }
 
     def check(self, state: Any) -> None:
-        shapes = {name: parameter.shape for name, parameter in self._named().items()}
+        own = type(self.optimizer).__module__.startswith("torch.optim.")
+        shapes = {name: p.shape for name, p in self._named().items()} if own else {}
         known = isinstance(state, dict) and {"state", "groups"} <= set(state)
         extra = state.get("extra", {}) if known else None
         sound = known and isinstance(state["state"], dict)

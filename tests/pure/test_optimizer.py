@@ -117,6 +117,41 @@ def test_capturing_at_step_0_changes_nothing(tmp_path: Path, kind: str) -> None:
     assert digest(captured, optimizer) == digest(model, never)
 
 
+class NovoGrad(Optimizer):
+    """Keeps one number a parameter under a name that torch's optimizers keep a tensor under."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 0.01})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        with torch.enable_grad():
+            closure()
+        for parameter in self.param_groups[0]["params"]:
+            state = self.state[parameter]
+            if not state:
+                state["exp_avg"] = torch.zeros_like(parameter)
+                state["exp_avg_sq"] = torch.zeros(())
+            state["exp_avg_sq"].mul_(0.98).add_(parameter.grad.square().sum(), alpha=0.02)
+            state["exp_avg"].mul_(0.9).add_(parameter.grad / state["exp_avg_sq"].sqrt())
+            parameter.sub_(state["exp_avg"], alpha=0.01)
+
+
+def test_state_of_other_shapes_under_the_names_that_torch_uses(tmp_path: Path) -> None:
+    def novograd(m: nn.Module) -> Optimizer:
+        return NovoGrad(m.parameters())
+
+    model, other = two_layers(), two_layers()
+    ckpt, optimizer = prepared(tmp_path, model, novograd)
+    step(model, optimizer, 2)
+    ckpt.save_state()
+    again, resumed = prepared(tmp_path, other, novograd)
+    assert again.load_state()
+    step(model, optimizer)
+    step(other, resumed)
+    assert digest(other, resumed) == digest(model, optimizer)
+
+
 # --- names, not positions --------------------------------------------------------------
 
 
