@@ -55,11 +55,21 @@ class AccumulationWindow:
     def __deepcopy__(self, memo: Any) -> AccumulationWindow:
         return self
 
-    def closer(self) -> Callable[[], None]:
-        """What one more optimizer calls after each of its steps."""
+    def closer(self, stepped: Callable[[], None]) -> Callable[[], None]:
+        """What one more optimizer calls after each of its steps, be it twice.
+
+        Args:
+            stepped: called once for each forward that an optimizer has stepped for.
+        """
         number = self._optimizers
         self._optimizers += 1
-        return lambda: self._open.discard(number)
+
+        def close() -> None:
+            if number in self._open:
+                self._open.discard(number)
+                stepped()
+
+        return close
 
     def clear(self) -> None:
         self._open = set()
@@ -102,7 +112,7 @@ class Preparer:
             ConfigurationError: it keeps its state on other workers.
         """
         refuse_unreadable_optimizer(optimizer)
-        stepped = self.window.closer()
+        stepped = self.window.closer(lambda: self._bundle.zeroed.stepped(optimizer))
         optimizer.register_step_post_hook(lambda *_: stepped())
         self._bundle.add_optimizer(optimizer)
         return stepped

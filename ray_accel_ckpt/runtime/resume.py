@@ -81,6 +81,9 @@ class Resumer:
             self.preparer.window.reopen()
         else:
             self.preparer.window.clear()
+        if self.bundle.zeroed.name not in restored.parts:
+            self.bundle.zeroed.forget()
+        if not {self.bundle.gradients.name, self.bundle.zeroed.name} & restored.parts:
             self.bundle.gradients.clear()
         if rank >= stored:
             logger.warning(

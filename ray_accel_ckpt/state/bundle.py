@@ -25,6 +25,7 @@ from ray_accel_ckpt.state.part import Captured, Differences, Part, SavedPart, Sc
 from ray_accel_ckpt.state.parts import GradientPart, ObjectPart, RngPart, Stateful
 from ray_accel_ckpt.state.sharding import is_sharded, memory_of
 from ray_accel_ckpt.state.tree import unflatten
+from ray_accel_ckpt.state.zeroed import ZeroedPart
 
 logger = logging.getLogger(__name__)
 P = TypeVar("P")
@@ -56,6 +57,7 @@ class StateBundle:
     def __init__(self) -> None:
         self._parts: dict[str, Part] = {}
         self.gradients = GradientPart(self._trained)
+        self.zeroed = ZeroedPart(self._trained)
         self.rng = RngPart()
 
     def __iter__(self) -> Iterator[Part]:
@@ -67,7 +69,8 @@ class StateBundle:
     # --- registering -------------------------------------------------------------------
 
     def add(self, part: Part) -> None:
-        if part.name in self._parts or part.name in (self.gradients.name, self.rng.name):
+        own = (self.gradients.name, self.zeroed.name, self.rng.name)
+        if part.name in self._parts or part.name in own:
             raise ConfigurationError(
                 f"a part named {part.name!r} is already registered",
                 remedy="give this one another name: register_for_checkpointing(other_name=obj)",
@@ -133,6 +136,8 @@ class StateBundle:
             for model in self.of_type(ModelPart):
                 model.require_reduced_gradients()
             captured[self.gradients.name] = self.gradients.capture()
+        elif (zeroed := self.zeroed.capture()).value:
+            captured[self.zeroed.name] = zeroed
         captured[self.rng.name] = self.rng.capture()
         return captured
 
@@ -215,8 +220,8 @@ class StateBundle:
             ConfigurationError: `only` names a part that is not registered.
         """
         registered: dict[str, Part] = dict(self._parts)
-        if self.gradients.name in saved:
-            registered[self.gradients.name] = self.gradients
+        optional: tuple[Part, ...] = (self.gradients, self.zeroed)
+        registered |= {part.name: part for part in optional if part.name in saved}
         registered[self.rng.name] = self.rng
         if only is not None:
             unknown = [name for name in only if name not in registered]
