@@ -30,7 +30,8 @@ _PATIENCE = 5.0
 class Chronicle:
     """Of one attempt, by one worker. Rank 0 has the journal and the log; all have metrics.
 
-    Nothing here communicates or raises, and only `begin` and `end` wait for storage.
+    Nothing here communicates or raises, and only `begin` and `end` wait for storage, and
+    `durable` after the end.
 
     Args:
         step: where training stands.
@@ -41,7 +42,7 @@ class Chronicle:
         self._session, self._step, self._policy = session, step, policy
         self._metrics = Metrics(session.run)
         self._journal: Journal | None = None
-        self._begun = False
+        self._begun = self._ended = False
         self._told = -1
 
     def begin(self, restored: Restored | None = None, *, seconds: float = 0.0) -> None:
@@ -95,6 +96,9 @@ class Chronicle:
                 _megabytes(nbytes),
                 seconds,
             )
+        # Ray ends the process as soon as this save is reported, and no thread writes then.
+        if self._ended and self._journal is not None:
+            self._journal.flush(_PATIENCE)
 
     def noticed(self, notice: Preemption) -> None:
         """Nodes of this group are going to be taken away."""
@@ -108,7 +112,7 @@ class Chronicle:
 
     def end(self) -> None:
         """Training is done and saved. The attempt has no other end that could be told from here."""
-        self._told = self._step()
+        self._told, self._ended = self._step(), True
         self._tell("end", step=self._told)
         if self._journal is not None:
             self._journal.flush(_PATIENCE)

@@ -39,7 +39,7 @@ def report(
 
     Args:
         release: called when the image's memory is free again, on success or not.
-        durable: called once this rank's share is durable. Must not block or raise.
+        durable: called once this rank's share is durable, before Ray is told. Must not raise.
     """
     import ray.train
 

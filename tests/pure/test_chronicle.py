@@ -137,6 +137,15 @@ def test_a_run_that_never_loads_begins_before_its_first_save(tmp_path: Path) -> 
     assert sorted(kinds[1:]) == ["durable", "end", "save"]
 
 
+def test_a_save_that_is_durable_after_the_end_is_written_down_before_it_is_reported(
+    tmp_path: Path,
+) -> None:
+    """Under Ray: the loop is over, the last save is not, and then the process is ended."""
+    ckpt = _attempt(tmp_path, until=2)
+    ckpt._chronicle.durable("run/checkpoint_9", step=9, nbytes=1, seconds=0.5)
+    assert _of(_events(tmp_path), "durable")[-1]["name"] == "checkpoint_9"
+
+
 def test_of_a_state_without_counters_all_steps_are_lost(tmp_path: Path) -> None:
     _attempt(tmp_path, until=4)
     again = Checkpointer(save=EverySteps(2), project_config=project(tmp_path))
