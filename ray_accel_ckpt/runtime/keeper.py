@@ -14,6 +14,7 @@ import select
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from ray_accel_ckpt.errors import NotACheckpointError
 from ray_accel_ckpt.runtime.keepers import (
     ANSWER,
     CHUNK,
@@ -38,6 +40,9 @@ logger = logging.getLogger(__name__)
 
 PERIOD = 1.0
 """Seconds between two looks at what is gone."""
+
+GONE = 60.0
+"""Seconds that a worker has to end once its group is gone."""
 
 FETCH = 60.0
 """Seconds that one such object may take."""
@@ -167,12 +172,12 @@ class Keeper:
         """Write some ranks' parts of a snapshot to storage, once its workers here are gone.
 
         Raises:
-            NotACheckpointError: not all of them are here.
+            NotACheckpointError: not all of them are here, or a worker here does not end.
             CorruptCheckpointError: they are not what was frozen.
             StorageError: they cannot be written.
         """
         with self._in_use(name):
-            self._wait_for(attempt_of(name))
+            self._wait_for(name)
             write_parts(self._shelf, self._run, name, ranks)
 
     # --- looking after things ------------------------------------------------------------
@@ -227,12 +232,21 @@ class Keeper:
             if attempt in self._workers:
                 self._workers[attempt] = []
 
-    def _wait_for(self, attempt: str) -> None:
-        pause = threading.Event()
+    def _wait_for(self, name: str) -> None:
+        """Until the workers that took a snapshot are gone from here."""
+        pause, end = threading.Event(), time.monotonic() + GONE
         while True:
             with self._lock:
-                if not any(map(_runs, self._workers.get(attempt, ()))):
+                if not any(map(_runs, self._workers.get(attempt_of(name), ()))):
                     return
+            if time.monotonic() >= end:
+                # Whoever asked has others to see to, and this worker may write what it holds.
+                raise NotACheckpointError(
+                    "a snapshot in memory is not written to storage: its worker does not end",
+                    where=f"{name}, node {self._node[:8]}",
+                    why=f"the other workers are gone, and this one still runs {GONE:g} s later",
+                    remedy="see what its process hangs in: a driver or a mount, say",
+                )
             pause.wait(PERIOD / 10)
 
     def _tidy(self) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +15,7 @@ import torch
 
 from ray_accel_ckpt.errors import CorruptCheckpointError, NotACheckpointError
 from ray_accel_ckpt.image.staging import Slot
+from ray_accel_ckpt.runtime import keeper
 from ray_accel_ckpt.runtime.group import Group
 from ray_accel_ckpt.runtime.keepers import attempt_of, newest_whole, whole
 from ray_accel_ckpt.runtime.kept import Kept, held_of
@@ -316,3 +319,25 @@ def test_what_a_node_needs_is_for_its_own_ranks_and_for_others_copies() -> None:
     assert needs(shares, replicas=0, copies=4) == {"a": 4 * 150 + 2 * 7, "b": 40}
     both = needs(shares, replicas=1, copies=4)
     assert both == {"a": 4 * 150 + 2 * 7 + 3 * 10, "b": 40 + 3 * 150 + 2 * 7}
+
+
+def test_a_worker_that_does_not_end_is_not_waited_for_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever asks for its snapshots asks for those of others after it."""
+    monkeypatch.setattr(keeper, "GONE", 0.0)
+    monkeypatch.setattr(keeper.Keeper, "_watch", lambda self: None)
+    nobody: Any = SimpleNamespace(held=dict)
+    kept = keeper.Keeper(str(tmp_path / "kept"), "node", nobody, nobody, nobody)
+    kept.open("aaaaaa")
+    # Ends with its input.
+    command = [sys.executable, "-S", "-c", "input()"]
+    worker = subprocess.Popen(command, stdin=subprocess.PIPE)
+    kept.begin("aaaaaa", None, worker.pid)
+    with pytest.raises(NotACheckpointError, match="does not end"):
+        kept.write(_name(1), [1])
+    worker.communicate(b"\n")
+    with pytest.raises(NotACheckpointError, match="is gone before it was written"):
+        kept.write(_name(1), [1])
+    assert kept._guardian.stdin is not None
+    kept._guardian.stdin.close()
