@@ -13,6 +13,7 @@ import torch
 
 from ray_accel_ckpt.errors import ConfigurationError
 from ray_accel_ckpt.runtime.record import read_record
+from ray_accel_ckpt.state import rng
 from ray_accel_ckpt.storage.filesystem import Filesystem, wrap
 
 
@@ -186,7 +187,9 @@ def _context() -> Any:
     import ray.train
 
     try:
-        return ray.train.get_context()
+        # The first time it imports what draws from python's stream, on which training counts.
+        with rng.untouched():
+            return ray.train.get_context()
     except (RuntimeError, DeprecationWarning):
         # No worker; the second is what Ray raises inside a Tune function.
         return None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -183,3 +185,16 @@ def test_any_64_bits_are_a_seed(seed: int) -> None:
         first = draw()
         rng.seed_all(seed)
         assert draw() == first
+
+
+def test_a_checkpointer_draws_nothing_whatever_it_has_ray_import() -> None:
+    """In a process of its own, where nothing is imported yet."""
+    script = """
+import random, ray.train
+from ray_accel_ckpt import Checkpointer
+random.seed(0)
+before = random.getstate()
+Checkpointer()
+assert random.getstate() == before
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
