@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
+from ray_accel_ckpt.errors import ConfigurationError
 from ray_accel_ckpt.runtime.ray_run import is_ray_data, training_device
 from ray_accel_ckpt.runtime.refusals import refuse_unreadable_model, refuse_unreadable_optimizer
 from ray_accel_ckpt.runtime.session import Session
@@ -24,6 +25,7 @@ from ray_accel_ckpt.state.loader import PreparedLoader
 from ray_accel_ckpt.state.materialise import materialise
 from ray_accel_ckpt.state.model import ModelPart
 from ray_accel_ckpt.state.optimizer import OptimizerPart
+from ray_accel_ckpt.state.parts import ObjectPart
 from ray_accel_ckpt.state.scaling import ScalerPart, refuse_driven
 from ray_accel_ckpt.state.sharding import held, is_sharded, reshard
 
@@ -129,6 +131,13 @@ class Preparer:
         group = self._session.group
         if self._is_prepared(obj):
             return obj
+        if isinstance(obj, PreparedLoader):
+            raise ConfigurationError(
+                "a loader is prepared already, by another Checkpointer",
+                where=obj.name,
+                why="its position is part of the state of that one",
+                remedy="make the loader anew for each Checkpointer, in the same notebook cell say",
+            )
         if isinstance(obj, nn.Module):
             unset = materialise(obj, self.device)
             model = prepare_model(
@@ -166,10 +175,13 @@ class Preparer:
         return obj
 
     def _is_prepared(self, obj: Any) -> bool:
-        models = [part.model for part in self._bundle.of_type(ModelPart)]
-        optimizers = [part.optimizer for part in self._bundle.of_type(OptimizerPart)]
-        known = any(obj is each for each in (*models, *optimizers))
-        return known or isinstance(obj, PreparedLoader)
+        bundle = self._bundle
+        models = [part.model for part in bundle.of_type(ModelPart)]
+        optimizers = [part.optimizer for part in bundle.of_type(OptimizerPart)]
+        objects = [part.object for part in bundle.of_type(ObjectPart)]
+        schedulers = [each for each in objects if isinstance(each, LRScheduler)]
+        loaders = bundle.of_type(PreparedLoader)
+        return any(obj is each for each in (*models, *optimizers, *schedulers, *loaders))
 
 
 class PinnedDDP(DistributedDataParallel):

@@ -511,6 +511,22 @@ def test_a_name_that_is_taken_is_refused(tmp_path: Path, name: str) -> None:
         ckpt.register_for_checkpointing(**{name: Log()})
 
 
+def test_what_is_prepared_twice_is_one_part(tmp_path: Path) -> None:
+    ckpt = checkpointer(tmp_path)
+    objects = prepared(ckpt)
+    schedule = ckpt.prepare(cosine(objects[1]))
+    assert ckpt.prepare(*objects, schedule) == (*objects, schedule)
+    parts = {"progress", "model", "optimizer", "loader", "scheduler", "rng"}
+    assert set(open_checkpoint(ckpt.save_state()).parts) == parts
+
+
+def test_a_loader_of_another_checkpointer_is_refused(tmp_path: Path) -> None:
+    """A notebook cell run twice: the second one's checkpoints would not hold the position."""
+    loader = checkpointer(tmp_path).prepare(DataLoader(Noisy(), batch_size=4))
+    with pytest.raises(errors.ConfigurationError, match="another Checkpointer"):
+        checkpointer(tmp_path).prepare(loader)
+
+
 def test_objects_without_a_state_are_all_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"builtins\.int, builtins\.list"):
         checkpointer(tmp_path).register_for_checkpointing(Log(), 3, [])
