@@ -178,7 +178,7 @@ class Restorer:
         states = self.group.agreed(lambda: self._understood(plan, tensors))
         # All of it is read, proved and understood, on every rank. From here on state changes.
         dealer.deal(live=True)
-        self.group.agreed(lambda: _apply(plan, states))
+        self.group.agreed(lambda: _apply(plan, states, path))
         applied = frozenset(part.name for part, _ in plan.parts)
         return Restored(snapshot=snapshot, path=path, parts=applied, kept=kept is not None)
 
@@ -279,9 +279,16 @@ class Restorer:
         return mine
 
 
-def _apply(plan: Plan, states: Sequence[Any]) -> None:
+def _apply(plan: Plan, states: Sequence[Any], path: str) -> None:
     for (part, _), state in zip(plan.parts, states, strict=True):
-        part.apply(state)
+        try:
+            part.apply(state)
+        except Exception as e:
+            e.add_note(
+                f"while loading part {part.name!r} of {path}: what came before it has been "
+                "changed already, so start the process again"
+            )
+            raise
 
 
 def _newest_first(paths: Iterable[str], registered: Sequence[str]) -> list[str]:

@@ -81,12 +81,15 @@ class ObjectPart(_Plain):
         return captured
 
     def compare(self, saved: SavedPart, differences: Differences) -> None:
-        """A registered module is compared like a model; of other objects only they know."""
-        if not isinstance(self.object, torch.nn.Module):
+        """A registered module is compared like a model, and a scaler that is enabled
+        needs the state of one that was; of other objects only they know."""
+        if not isinstance(self.object, (torch.nn.Module, torch.amp.GradScaler)):
             return
         live = self.object.state_dict()
         stored = encoded_items(saved.value)
         differences.missing += [f"{self.name}/{n}" for n in live if n not in stored]
+        if not isinstance(self.object, torch.nn.Module):
+            return
         differences.unexpected += [f"{self.name}/{n}" for n in stored if n not in live]
         for name, tensor in live.items():
             spec = saved.tensors.get(tensor_ref(stored[name])) if name in stored else None

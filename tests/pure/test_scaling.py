@@ -203,3 +203,32 @@ def test_an_optimizer_that_another_checkpointer_steps_is_refused(tmp_path: Path)
     for options in ({}, {"scaler": grad_scaler()}):
         with pytest.raises(errors.ConfigurationError, match="another Checkpointer"):
             checkpointer(tmp_path, **options).prepare(optimizer)
+
+
+# --- enabled and disabled --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["scaler", "register_for_checkpointing"])
+def test_a_scaler_that_was_disabled_has_no_scale_to_go_on_with(tmp_path: Path, way: str) -> None:
+    def life(*, enabled: bool) -> tuple[Checkpointer, nn.Module]:
+        scaler = grad_scaler(enabled=enabled)
+        ckpt = checkpointer(tmp_path, **({"scaler": scaler} if way == "scaler" else {}))
+        model = ckpt.prepare(linear(seed=enabled))
+        if way != "scaler":
+            ckpt.register_for_checkpointing(scaler=scaler)
+        return ckpt, model
+
+    life(enabled=False)[0].save_state()
+    ckpt, model = life(enabled=True)
+    before = digest(model)
+    with pytest.raises(errors.StateMismatchError) as caught:
+        ckpt.load_state()
+    assert "scaler/scale" in caught.value.missing
+    assert digest(model) == before
+    assert ckpt.load_state(strict=False)
+    assert digest(model) != before
+
+
+def test_a_scaler_that_is_disabled_now_ignores_the_scale(tmp_path: Path) -> None:
+    checkpointer(tmp_path, scaler=grad_scaler()).save_state()
+    assert checkpointer(tmp_path, scaler=grad_scaler(enabled=False)).load_state()

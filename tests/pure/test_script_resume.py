@@ -545,6 +545,19 @@ def test_a_registered_object_comes_back(tmp_path: Path, per_rank: bool) -> None:
     assert digest(found.values) == digest(log.values)
 
 
+def test_what_an_object_raises_when_it_is_loaded_says_which_it_was(tmp_path: Path) -> None:
+    class Picky(Log):
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            self.values = state["other"]
+
+    ckpt = checkpointer(tmp_path)
+    ckpt.register_for_checkpointing(picky=Picky())
+    path = ckpt.save_state()
+    with pytest.raises(KeyError) as caught:
+        ckpt.load_state()
+    assert f"part 'picky' of {path}" in caught.value.__notes__[0]
+
+
 def test_a_state_that_cannot_be_saved_is_refused_when_saving(tmp_path: Path) -> None:
     ckpt, log = checkpointer(tmp_path), Log()
     ckpt.register_for_checkpointing(log)
