@@ -57,7 +57,7 @@ class Piece:
         """`data` (uint8, of `nbytes`) as these rows; the memory is shared."""
         dtype = dtype_of(self.info)
         if data.numel() == 0:
-            return torch.empty(self.box.size, dtype=dtype)
+            return torch.empty(self.box.size, dtype=dtype, device="cpu")
         return data.view(dtype).view(self.box.size)
 
     @property

@@ -108,7 +108,7 @@ class SharedSlot(Slot):
         self._path, self._descriptor, self._nbytes = path, descriptor, nbytes
         # Only now: until there is room, the process's own memory is needed.
         self._places = None
-        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._buffer = torch.empty(0, dtype=torch.uint8, device="cpu")
         return True
 
     def _resize(self, nbytes: int) -> None:
@@ -133,7 +133,7 @@ class SharedSlot(Slot):
         path, self._path = self._path, None
         self._unpin()
         self._places = None
-        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._buffer = torch.empty(0, dtype=torch.uint8, device="cpu")
         self._nbytes = 0
         if path is not None:
             os.close(self._descriptor)

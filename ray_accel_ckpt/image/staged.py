@@ -77,7 +77,7 @@ class Staged:
             self._ranges[info.name] = held
         self.nbytes = position
         self.read_nbytes = sum(held.end - held.begin for held in self._ranges.values())
-        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._buffer = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def read(self, fetch: Fetch, buffer: torch.Tensor, *, where: str) -> None:
         """Fill `buffer` (uint8, at least `nbytes`) and the places, and prove every block of it.

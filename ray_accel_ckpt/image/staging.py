@@ -36,7 +36,7 @@ class Slot:
     def __init__(self) -> None:
         self.used = 0
         self.published = False
-        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._buffer = torch.empty(0, dtype=torch.uint8, device="cpu")
         self._copies: Copies | None = None
         self._places: _Places | None = None
 
@@ -46,10 +46,12 @@ class Slot:
         if self._buffer.numel() < nbytes:
             # The old buffer goes first: two at once would break the memory bound.
             self._places = None
-            self._buffer = torch.empty(0, dtype=torch.uint8)
+            self._buffer = torch.empty(0, dtype=torch.uint8, device="cpu")
             # A save may come from inside an evaluation; the buffer is for all that follow.
             with torch.inference_mode(False):
-                self._buffer = torch.empty(nbytes, dtype=torch.uint8, pin_memory=pins())
+                self._buffer = torch.empty(
+                    nbytes, dtype=torch.uint8, device="cpu", pin_memory=pins()
+                )
         return self._buffer[:nbytes]
 
     def fill(
@@ -110,7 +112,7 @@ class Slot:
         """Give the memory back."""
         self._finish()
         self._places = None
-        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._buffer = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     @property
     def copies(self) -> Copies:

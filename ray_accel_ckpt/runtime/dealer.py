@@ -47,7 +47,8 @@ class Dealer:
 
     def _deal_chunk(self, chunk: list[Piece], source: int, held: Staged | None) -> None:
         group, tensors = self._group, self._tensors
-        buffer = torch.empty(sum(padded(p.nbytes) for p in chunk), dtype=torch.uint8)
+        nbytes = sum(padded(p.nbytes) for p in chunk)
+        buffer = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
         views = []
         at = 0
         for piece in chunk:

@@ -87,7 +87,10 @@ class IndexedSource:
         generator = self._inner.generator
         generator.manual_seed(derived_seed(cursor.seed, cursor.epoch, "workers"))
         cuts = self._dealer.cuts(len(order), cursor.consumed)
-        for batch, (begin, end) in zip(self._inner, cuts, strict=True):
+        # Its base seed is drawn on the default device, and the generator is one of the host.
+        with torch.device("cpu"):
+            inner = iter(self._inner)
+        for batch, (begin, end) in zip(inner, cuts, strict=True):
             self._tell_of_padding(begin, end)
             yield Served(
                 batch=batch,

@@ -94,7 +94,7 @@ class Shuffled(_Pure):
 
     def draw(self, seed: int, epoch: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(derived_seed(seed, epoch, "order"))
-        return torch.randperm(self.units, generator=generator)
+        return torch.randperm(self.units, generator=generator, device="cpu")
 
 
 class Sequential(_Pure):

@@ -179,7 +179,7 @@ class Rows:
         self.count += rows
 
     def checksum(self) -> int:
-        total = torch.zeros((), dtype=torch.int64)
+        total = torch.zeros((), dtype=torch.int64, device="cpu")
         for i, each in sorted(self._sums.items()):
             total = total * 31 + each.cpu() * (2 * i + 1)
         return int(total)

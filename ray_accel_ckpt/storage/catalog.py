@@ -204,7 +204,7 @@ class ShardFetch:
     def piece(self, shard: int, piece: Piece) -> torch.Tensor:
         """Read and prove some rows, with the blocks they lie in and nothing else."""
         staged = self.staged(shard, [piece])
-        buffer = torch.empty(staged.nbytes, dtype=torch.uint8)
+        buffer = torch.empty(staged.nbytes, dtype=torch.uint8, device="cpu")
         staged.read(self, buffer, where=self.path(shard))
         return staged.rows(piece)
 

@@ -169,7 +169,7 @@ class StoredTensors(Mapping[str, torch.Tensor]):
         first = pieces[0].info
         if len(pieces) == 1:
             return _read(self._fetch, pieces[0])
-        whole = torch.empty(first.shape, dtype=dtype_of(first))
+        whole = torch.empty(first.shape, dtype=dtype_of(first), device="cpu")
         for piece in pieces:
             rows = _read(self._fetch, piece)
             copy_overlap(whole, Box.whole(first.shape), rows, piece.info.box)

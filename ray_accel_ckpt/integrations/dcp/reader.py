@@ -136,7 +136,7 @@ class CheckpointReader(StorageReader):
     def _read(self, batch: list[_Wanted], planner: LoadPlanner) -> None:
         shard = batch[0].shard
         staged = self._fetch.staged(shard, _joined(each.piece for each in batch if each.piece))
-        buffer = torch.empty(staged.nbytes, dtype=torch.uint8)
+        buffer = torch.empty(staged.nbytes, dtype=torch.uint8, device="cpu")
         staged.read(self._fetch, buffer, where=self._fetch.path(shard))
         for each in batch:
             target = planner.resolve_tensor(each.item).detach()

@@ -30,7 +30,7 @@ def read_whole(directory: Path) -> dict[str, Any]:
         reader = FileSystemReader(directory)
         metadata = reader.read_metadata()
         flat: dict[str, Any] = {
-            name: torch.empty(entry.size, dtype=entry.properties.dtype)
+            name: torch.empty(entry.size, dtype=entry.properties.dtype, device="cpu")
             if isinstance(entry, TensorStorageMetadata)
             else None
             for name, entry in metadata.state_dict_metadata.items()

@@ -110,7 +110,7 @@ class _Checkpointed(Trainer):  # type: ignore[misc]
             max_steps, num_update_steps_per_epoch, num_train_epochs, None, trial
         )
         # Trainer makes them later, and to load a state, the one that there is may be looked at.
-        self._tr_loss, self._total_loss_scalar = torch.tensor(0.0), 0.0
+        self._tr_loss, self._total_loss_scalar = torch.tensor(0.0, device="cpu"), 0.0
         self._globalstep_last_logged = 0
         self._prepared = super()._prepare_for_training(max_steps, None, None)
         self._register(self._prepared[0])
