@@ -350,6 +350,8 @@ class Checkpointer:
             self._watch.begin()
             yield self._epoch
             self._epoch += 1
+        # An epoch of its own, without data: what is saved now belongs to the end.
+        self._watch.begin()
         self.finish()
 
     def finish(self) -> None:
@@ -359,16 +361,23 @@ class Checkpointer:
         calls it when it is over, so that the latest checkpoint is its result. An end that
         could not be saved is saved when all call it again.
 
+        A run that an exception broke off is not at its end. In an except or finally
+        clause this saves the position, as `save_state` does.
+
         Raises:
             StorageError, TornSnapshotError: as `flush`, on every rank if on one.
         """
-        # An epoch of its own, without data: what is saved now belongs to the end.
-        self._watch.begin()
+        broken_off = self._watch.broken_off()
+        if not (broken_off or self._in_epochs):
+            self._watch.begin()
         agreed = self._session.agreed
-        if self._policy is not None and not self._is_saved():
+        with self._watch.as_left():
+            saved = self._policy is None or self._is_saved()
+        if not saved:
             agreed(lambda: self._save(self._sink(), self._last_metrics))
         agreed(self.flush)
-        self._chronicle.end()
+        if not broken_off:
+            self._chronicle.end()
 
     @property
     def loss_weight(self) -> float:
@@ -444,6 +453,12 @@ class Checkpointer:
         In a Ray Train run without `output_dir`, the save is reported to Ray and
         written in the background. Otherwise this returns when this rank's
         share is durable; the checkpoint is whole when all ranks have returned.
+
+        A pass over a loader that was left by `break` is over: a run resumed from here
+        goes on with the next one. In the except or finally clause of the exception that
+        left it, the position in it is saved, after the batch that was in hand, and the
+        rest of the state as it is: half a step, if that was under way. After the clause
+        the pass is over as after `break`.
 
         Args:
             output_dir: a new directory or a URI. None: the Ray run's storage, or
@@ -568,8 +583,8 @@ class Checkpointer:
     def _save(self, sink: Sink | None, metrics: Metrics) -> str:
         if sink is None:
             return ""
-        step, epoch = self._position()
-        with self._doubting():
+        with self._watch.as_left(), self._doubting():
+            step, epoch = self._position()
             self._saver.save(sink, step=step, epoch=epoch, metrics=metrics)
         if sink.of_run:
             self._saved_at = (step, epoch)

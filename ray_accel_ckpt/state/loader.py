@@ -55,6 +55,10 @@ class PreparedLoader:
     Attributes:
         loss_weight: what the loss of the latest batch counts in the mean over ranks.
         padding: the latest batch is a copy of what another worker has.
+        began, handed_out, over: ticks at which the latest pass began, handed out a batch,
+            and ended.
+        left: the loop went out of the latest pass before its end: by `break`, or by an
+            exception.
 
     Raises:
         ConfigurationError: if the dataset has fewer samples than there are
@@ -78,7 +82,8 @@ class PreparedLoader:
         self.name = name
         self.cursor = Cursor(seed=seed)
         self.loss_weight, self.padding = 1.0, False
-        self.began = self.handed_out = self._over = self._passes = 0
+        self.began = self.handed_out = self.over = self._passes = 0
+        self.left = False
         self._loader = loader
         self._device = device
         self._world_size = world_size
@@ -124,15 +129,15 @@ class PreparedLoader:
 
     def ended_since(self, tick: int) -> bool:
         """A pass ended after `tick`."""
-        return self.cursor.ended and self._over > tick
+        return self.cursor.ended and self.over > tick
 
     def around(self, other: PreparedLoader, since: int) -> bool:
         """This loader's pass, begun after `since`, is under way around `other`'s last one."""
-        return self.in_flight(since) and self.began < other._over
+        return self.in_flight(since) and self.began < other.over
 
     def _pass(self) -> Iterator[Any]:
         self._passes += 1
-        self.began = next_tick()
+        self.began, self.left = next_tick(), False
         return self._batches(self._passes)
 
     def _batches(self, this: int) -> Iterator[Any]:
@@ -145,6 +150,8 @@ class PreparedLoader:
                     yield _moved(served.batch, self._device)
         except GeneratorExit:
             self._end(this)
+            # Whether by an exception cannot be seen in here: see `EpochWatch.as_left`.
+            self.left = this == self._passes
             raise
         # Not after an error: what is left of the pass is still to come.
         self._end(this)
@@ -153,7 +160,7 @@ class PreparedLoader:
         # An iterator that is dropped when the next pass has begun ends nothing any more.
         if this == self._passes:
             self.cursor.spent, self.cursor.ended = False, True
-            self._over = next_tick()
+            self.over = next_tick()
 
     # --- as a part of the bundle -------------------------------------------------------
 
@@ -193,7 +200,8 @@ class PreparedLoader:
         self.cursor.load(state)
         self.loss_weight, self.padding = 1.0, False
         # What passes of before were doing is over, iterators that somebody still holds too.
-        self.began = self.handed_out = self._over = 0
+        self.began = self.handed_out = self.over = 0
+        self.left = False
         self._passes += 1
         self._source.apply(state)
 

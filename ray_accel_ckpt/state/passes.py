@@ -3,11 +3,17 @@
 A loop body may iterate several loaders: one after the other, or one inside
 another (evaluation every so many steps). What a resumed run must do with a
 loader whose pass has ended depends on which it was.
+
+A pass that the loop went out of is over: `break` means that. Where it was an exception,
+the pass was broken off and not done with, and a save in an except or finally clause
+holds the position in it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 from ray_accel_ckpt.state.loader import PreparedLoader, next_tick
 
@@ -18,10 +24,30 @@ class EpochWatch:
     def __init__(self, loaders: Callable[[], Iterable[PreparedLoader]]) -> None:
         self._loaders = loaders
         self._began = 0
+        self._handled = sys.exception()
 
     def begin(self) -> None:
         """An epoch begins."""
         self._began = next_tick()
+        # A run may be begun in an except clause: that exception has left no pass of it.
+        self._handled = sys.exception()
+
+    def broken_off(self) -> bool:
+        """Whether this is in the except or finally clause of an exception of this epoch."""
+        return sys.exception() not in (None, self._handled)
+
+    @contextmanager
+    def as_left(self) -> Iterator[None]:
+        """What is asked and saved inside sees the pass that an exception left as under way,
+        as long as that exception is being handled."""
+        left = self._left() if self.broken_off() else []
+        for loader in left:
+            loader.cursor.ended = False
+        try:
+            yield
+        finally:
+            for loader in left:
+                loader.cursor.ended = True
 
     def done(self) -> bool:
         """The data of this epoch is gone through: a save now belongs to the next epoch.
@@ -58,6 +84,18 @@ class EpochWatch:
         under_way = [loader for loader in loaders if loader.in_flight()]
         latest = max(under_way or loaders, key=lambda loader: loader.handed_out, default=None)
         return 1.0 if latest is None else latest.loss_weight
+
+    def _left(self) -> list[PreparedLoader]:
+        """The loaders that were left last of all that happened to any.
+
+        Of passes inside one another that is the outer one: an evaluation that was broken
+        off begins anew. Several if they took turns, as in ``zip(first, second)``.
+        """
+        loaders = list(self._loaders())
+        last = max((o for o in loaders if o.left), key=lambda o: o.over, default=None)
+        if last is None or any(max(o.began, o.handed_out, o.over) > last.over for o in loaders):
+            return []
+        return [o for o in loaders if o is last or (o.left and o.began < last.handed_out < o.over)]
 
     def _epoch_began(self) -> int:
         """In a loop that counts its own epochs, the first loader's pass begins one."""

@@ -12,8 +12,9 @@ from torch.utils.data import DataLoader
 
 from ray_accel_ckpt.state.loader import PreparedLoader
 from ray_accel_ckpt.state.part import Captured
+from ray_accel_ckpt.state.passes import EpochWatch
 from ray_accel_ckpt.state.tree import unflatten
-from tests.pure.helpers import digest, seed_everything
+from tests.pure.helpers import KilledError, digest, seed_everything
 
 Make = Callable[[], DataLoader[Any]]
 
@@ -65,6 +66,30 @@ def interrupted(make: Make, *, epoch: int, batches: int, then: int) -> list[list
     running = iter(loader)
     part = [digest(batch) for batch in itertools.islice(running, batches)]
     again = moved_on(loader, make)
+    seed_everything(2)
+    rest, *later = passes(again, then)
+    return [*done, part + rest, *later]
+
+
+def broken_off(make: Make, *, epoch: int, batches: int, then: int) -> list[list[str]]:
+    """As `interrupted`, by an error in the loop's body, in whose handler the state is saved."""
+    loader = prepared(make())
+    watch = EpochWatch(lambda: [loader])
+    done = passes(loader, epoch)
+    seed_everything(1)
+    part: list[str] = []
+
+    def body(batch: Any) -> None:
+        part.append(digest(batch))
+        if len(part) == batches:
+            raise KilledError
+
+    try:
+        for batch in loader:
+            body(batch)
+    except KilledError:
+        with watch.as_left():
+            again = moved_on(loader, make)
     seed_everything(2)
     rest, *later = passes(again, then)
     return [*done, part + rest, *later]

@@ -28,11 +28,13 @@ from tests.accelerated import (
     StatefulStream,
     Stream,
     by_index,
+    differing,
     own_batches,
     reset,
     resumed_from_each_step,
+    train,
 )
-from tests.pure.helpers import seed_everything, streams
+from tests.pure.helpers import KilledError, seed_everything, streams
 
 Make = Callable[[], DataLoader[Any]]
 
@@ -167,6 +169,36 @@ def test_a_pass_that_is_left_is_over(tmp_path: Path) -> None:
     whole = life(save_at=4, load=False)
     assert len({tuple(epoch) for epoch in whole}) == 3
     assert life(save_at=0, load=True) == [whole[1][BATCH:], whole[2]]
+
+
+@pytest.mark.parametrize(
+    "name", ["shuffled", "dispatched", "workers", "stream with state", "stream, not dispatched"]
+)
+def test_a_pass_that_an_error_left_is_gone_on_with_if_it_is_saved_in_its_handler(
+    tmp_path: Path, name: str
+) -> None:
+    make, data = LOADERS[name]
+    options: dict[str, Any] = {"data": data, **({} if make is None else {"loader": make})}
+    held = []
+
+    def fail(ckpt: Checkpointer) -> None:
+        ckpt.step()
+        if ckpt.global_step == 3:
+            held.append(ckpt)
+            raise KilledError
+
+    untouched = train(Checkpointer.from_accelerator, load=lambda ckpt: None, **options)
+    try:
+        train(Checkpointer.from_accelerator, load=lambda ckpt: None, on_step=fail, **options)
+    except KilledError:
+        held[0].save_state(tmp_path / "left")
+    resumed = train(
+        Checkpointer.from_accelerator,
+        load=lambda ckpt: ckpt.load_state(tmp_path / "left"),
+        seed=11,
+        **options,
+    )
+    assert differing(resumed, untouched) == []
 
 
 def test_an_evaluation_inside_an_epoch_is_resumed_too(tmp_path: Path) -> None:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import errno
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
-from ray_accel_ckpt import Checkpointer
+from ray_accel_ckpt import Checkpointer, open_checkpoint
 from ray_accel_ckpt.errors import StorageError
 from ray_accel_ckpt.storage import background
-from tests.pure.helpers import checkpointer, checkpoints
+from ray_accel_ckpt.storage.filesystem import LocalFilesystem
+from ray_accel_ckpt.storage.journal import read_events
+from tests.pure.helpers import KilledError, Plain, checkpointer, checkpoints
 
 
 def test_the_end_is_saved_once(tmp_path: Path) -> None:
@@ -92,3 +96,49 @@ def test_a_failure_that_flush_told_is_not_taken_for_a_save(
             ckpt.flush()
     ckpt.finish()
     assert _resumed_at(tmp_path) == 4
+
+
+def seen(directory: Path, *, fail_at: int = 0, stop_at: int = 0) -> list[int]:
+    """The samples of one life; it fails in the body of its loop, or breaks out of both loops."""
+    ckpt = checkpointer(directory, every=10**9)
+    loader: Any = ckpt.prepare(DataLoader(Plain(4), batch_size=1, shuffle=True))
+    ckpt.load_state()
+    found = []
+    try:
+        for _ in ckpt.epochs(2):
+            for batch in loader:
+                found.append(int(batch))
+                ckpt.step()
+                if ckpt.global_step == fail_at:
+                    raise KilledError(found)
+                if ckpt.global_step == stop_at:
+                    break
+            if ckpt.global_step == stop_at:
+                break
+    finally:
+        ckpt.finish()
+    return found
+
+
+def told(directory: Path) -> list[str]:
+    where = str(directory / "checkpoints")
+    return [event.kind for event in read_events(LocalFilesystem(), where, latest=True)]
+
+
+def test_a_run_that_an_error_broke_off_is_saved_where_it_is_and_not_at_its_end(
+    tmp_path: Path,
+) -> None:
+    whole = seen(tmp_path / "whole")
+    assert told(tmp_path / "whole")[-1] == "end"
+    with pytest.raises(KilledError) as caught:
+        seen(tmp_path / "left", fail_at=3)
+    assert "end" not in told(tmp_path / "left")
+    assert caught.value.args[0] + seen(tmp_path / "left") == whole
+
+
+def test_a_run_that_was_ended_within_an_epoch_is_saved_after_it(tmp_path: Path) -> None:
+    whole = seen(tmp_path / "whole")
+    assert seen(tmp_path / "ended", stop_at=3) == whole[:3]
+    saved = open_checkpoint(tmp_path / "ended" / "checkpoints" / "checkpoint_0")
+    assert saved.state_dict("progress")["epoch"] == saved.state_dict("loader")["epoch"] == 1
+    assert seen(tmp_path / "ended") == whole[4:]

@@ -32,7 +32,7 @@ from tests.pure.helpers import (
     seed_everything,
     streams,
 )
-from tests.pure.loaders import Make, flat, interrupted, moved_on, passes, prepared
+from tests.pure.loaders import Make, broken_off, flat, interrupted, moved_on, passes, prepared
 
 # --- any kind of loader, resumed anywhere ----------------------------------------------
 
@@ -266,6 +266,15 @@ def test_a_pass_abandoned_before_a_save_is_not_resumed() -> None:
     for _ in loader:
         break
     assert passes(moved_on(loader, LOADERS["shuffle"]), 1) == whole[1:]
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_a_pass_that_an_error_left_is_resumed_if_it_is_saved_in_its_handler(kind: str) -> None:
+    make = LOADERS[kind]
+    seed_everything(0)
+    whole = passes(prepared(make()), 3)
+    for batches in (1, 2, len(whole[1])):
+        assert broken_off(make, epoch=1, batches=batches, then=2) == whole, batches
 
 
 def test_an_iterator_dropped_for_the_next_one_does_not_end_its_pass() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,18 @@ def loaders(ckpt: Checkpointer) -> list[Any]:
     return [ckpt.prepare(DataLoader(Plain(n), batch_size=2, shuffle=True)) for n in sizes]
 
 
-def events(directory: Path, body: Body, *, die_after: int = 0, counted: bool = True) -> list[str]:
+def events(
+    directory: Path,
+    body: Body,
+    *,
+    die_after: int = 0,
+    counted: bool = True,
+    save_in_handler: bool = False,
+) -> list[str]:
     """What happens in one life, up to the end or to event number `die_after`.
 
-    A checkpoint is saved at each event whose name begins with "save".
+    A checkpoint is saved at each event whose name begins with "save"; and if
+    `save_in_handler` where the error that ends the life is handled.
     """
     ckpt = checkpointer(directory, every=10**9)
     ready = loaders(ckpt)
@@ -45,7 +54,8 @@ def events(directory: Path, body: Body, *, die_after: int = 0, counted: bool = T
             note(f"epoch {epoch}")
             body(ckpt, ready, note)
     except KilledError:
-        pass
+        if save_in_handler:
+            ckpt.save_state()
     return happened
 
 
@@ -226,3 +236,101 @@ def test_an_iterator_held_over_epochs_keeps_no_epoch_open(tmp_path: Path) -> Non
     first, *_ = loaders(again)
     assert again.load_state()
     assert [(epoch, len(list(first))) for epoch in again.epochs(EPOCHS)] == [(2, 4)]
+
+
+# --- broken off by an error -----------------------------------------------------------
+
+
+def pairs(ckpt: Checkpointer, ready: list[Any], note: Any) -> None:
+    for first, second in zip(ready[0], ready[1], strict=True):
+        note(f"both {first.tolist()} {second.tolist()}")
+        ckpt.step()
+
+
+def evaluate_a_little(ckpt: Checkpointer, ready: list[Any], note: Any) -> None:
+    """After a look at one batch, training with evaluations of one batch."""
+    for event in served(ready[1], "look"):
+        note(event)
+        break
+    for event in served(ready[0], "train"):
+        note(event)
+        for inner in served(ready[2], "eval"):
+            note(inner)
+            break
+        note("stepped")
+        ckpt.step()
+
+
+def of(happened: list[str], *names: str) -> list[str]:
+    return [event for event in happened if event.startswith(names)]
+
+
+@pytest.mark.parametrize("counted", [True, False])
+@pytest.mark.parametrize("body", [train_then_evaluate, two_trainings, pairs])
+def test_a_save_in_the_handler_of_an_error_goes_on_after_the_batch_in_hand(
+    tmp_path: Path, body: Body, counted: bool
+) -> None:
+    names = ("train", "eval [", "first", "second", "both [")
+    whole = events(tmp_path / "whole", body, counted=counted)
+    for at, event in enumerate(whole[: len(whole) // 2], start=1):
+        if event.startswith(names):
+            directory = tmp_path / str(at)
+            before = events(directory, body, die_after=at, counted=counted, save_in_handler=True)
+            after = events(directory, body, counted=counted)
+            assert of(before + after, *names) == of(whole, *names), event
+
+
+@pytest.mark.parametrize("at", ["train", "stepped"])
+def test_what_was_left_by_break_before_the_error_is_over(tmp_path: Path, at: str) -> None:
+    body = evaluate_a_little
+    whole = events(tmp_path / "whole", body)
+    for number, event in enumerate(whole, start=1):
+        if event.startswith(at):
+            directory = tmp_path / str(number)
+            before = events(directory, body, die_after=number, save_in_handler=True)
+            after = events(directory, body)
+            assert of(before + after, "train") == of(whole, "train"), event
+            evaluated = of(before + after, "eval")
+            assert evaluated == of(whole, "eval")[: len(evaluated)], event
+
+
+def test_an_evaluation_that_an_error_left_begins_anew_and_training_goes_on(tmp_path: Path) -> None:
+    body = evaluate_while_training
+    whole = events(tmp_path / "whole", body)
+    at = 1 + whole.index(of(whole, "eval")[0])
+    before = events(tmp_path / "left", body, die_after=at, save_in_handler=True)
+    after = events(tmp_path / "left", body)
+    assert of(before + after, "train") == of(whole, "train")
+    assert of(after, "eval")[:2] == of(whole, "eval")[2:4]
+
+
+def test_after_the_handler_and_in_that_of_an_error_before_it_a_left_pass_is_over(
+    tmp_path: Path,
+) -> None:
+    """Whoever trains in an except clause, after running out of memory say, may break as ever."""
+
+    def fail() -> None:
+        raise KilledError
+
+    def after(ckpt: Checkpointer, loader: Any) -> None:
+        with contextlib.suppress(KilledError):
+            for _ in loader:
+                fail()
+        ckpt.save_state()
+
+    def within(ckpt: Checkpointer, loader: Any) -> None:
+        try:
+            fail()
+        except KilledError:
+            for _ in ckpt.epochs(1):
+                for _ in loader:
+                    break
+                ckpt.save_state()
+
+    for save in (after, within):
+        ckpt = checkpointer(tmp_path / save.__name__, every=10**9)
+        save(ckpt, loaders(ckpt)[0])
+        again = checkpointer(tmp_path / save.__name__, every=10**9)
+        loader = loaders(again)[0]
+        assert again.load_state()
+        assert (again.epoch, len(list(loader))) == (1, 4)

@@ -28,7 +28,16 @@ from tests.pure.helpers import (
     seed_everything,
     streams,
 )
-from tests.pure.loaders import Make, flat, interrupted, moved_on, passes, prepared, restored
+from tests.pure.loaders import (
+    Make,
+    broken_off,
+    flat,
+    interrupted,
+    moved_on,
+    passes,
+    prepared,
+    restored,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")
 
@@ -156,6 +165,14 @@ def test_interrupted_anywhere_the_batches_are_the_same(kind: str) -> None:
     workers = make().num_workers
     for batches in {1, length // 2, length} if workers else range(1, length + 1):
         assert interrupted(make, epoch=1, batches=batches, then=2) == whole, batches
+
+
+@pytest.mark.parametrize("kind", [*ENTERED, *READ_AGAIN])
+def test_broken_off_by_an_error_the_batches_are_the_same(kind: str) -> None:
+    make = {**ENTERED, **READ_AGAIN}[kind]
+    seed_everything(0)
+    whole = passes(prepared(make()), 3)
+    assert broken_off(make, epoch=1, batches=2, then=2) == whole
 
 
 @pytest.mark.parametrize("kind", ENTERED)
