@@ -59,6 +59,9 @@ class StateBundle:
         self.gradients = GradientPart(self._trained)
         self.zeroed = ZeroedPart(self._trained)
         self.rng = RngPart()
+        # Of those that nobody registers; the last is in each checkpoint.
+        own: tuple[Part, ...] = (self.gradients, self.zeroed, self.rng)
+        self._unnamed = {part.name: part for part in own}
 
     def __iter__(self) -> Iterator[Part]:
         yield from self._parts.values()
@@ -69,8 +72,7 @@ class StateBundle:
     # --- registering -------------------------------------------------------------------
 
     def add(self, part: Part) -> None:
-        own = (self.gradients.name, self.zeroed.name, self.rng.name)
-        if part.name in self._parts or part.name in own:
+        if part.name in self._parts or part.name in self._unnamed:
             raise ConfigurationError(
                 f"a part named {part.name!r} is already registered",
                 remedy="give this one another name: register_for_checkpointing(other_name=obj)",
@@ -147,8 +149,7 @@ class StateBundle:
         Raises:
             UnsupportedStateError: naming a part that would refuse it.
         """
-        parts: dict[str, Part] = {**self._parts, self.gradients.name: self.gradients}
-        parts[self.rng.name] = self.rng
+        parts = self._parts | self._unnamed
         for name, each in captured.items():
             try:
                 parts[name].check(unflatten(each.value, each.tensors))
@@ -219,10 +220,8 @@ class StateBundle:
             StateMismatchError: listing every difference.
             ConfigurationError: `only` names a part that is not registered.
         """
-        registered: dict[str, Part] = dict(self._parts)
-        optional: tuple[Part, ...] = (self.gradients, self.zeroed)
-        registered |= {part.name: part for part in optional if part.name in saved}
-        registered[self.rng.name] = self.rng
+        optional = {name: part for name, part in self._unnamed.items() if name in saved}
+        registered = self._parts | optional | {self.rng.name: self.rng}
         if only is not None:
             unknown = [name for name in only if name not in registered]
             if unknown:
