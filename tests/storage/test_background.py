@@ -141,11 +141,13 @@ def test_a_script_that_ends_without_asking_is_told(tmp_path: Path) -> None:
     """Its process waits for the save, and prints what became of it."""
     script = """
 import sys
+import threading
 import torch
 from ray_accel_ckpt import Checkpointer, EverySteps, ProjectConfiguration
 from ray_accel_ckpt.storage.filesystem import LocalFilesystem
 
 def full(filesystem, path, chunks):
+    threading.main_thread().join()
     raise OSError(28, "No space left on device", path)
 
 LocalFilesystem.write = full
