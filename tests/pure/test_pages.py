@@ -51,8 +51,9 @@ BLOCKS: dict[str, dict[str, tuple[int, tuple[str, ...]]]] = {
     },
     "docs/format.md": {"": _by(5, "tests/pure/test_format_doc.py")},
     "docs/getting-started.md": {
-        "python": _by(2, "tests/ray/test_docs.py"),
+        "python": _by(3, "tests/ray/test_docs.py", "tests/pure/test_script_doc.py"),
         "sh": _by(2, "tests/ray/test_docs.py"),
+        "console": _by(1, "tests/pure/test_script_doc.py"),
     },
     "docs/guarantees.md": {},
     "docs/index.md": {},
