@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from itertools import groupby
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -30,11 +31,13 @@ def _run(directory: Path, command: str) -> str:
 def _form(text: str) -> list[list[str]]:
     """What does not depend on the machine: words, and that there is a number.
 
-    Whether the kill came into a save does: then its directory is listed too, and why it is none.
+    What the kill came into does: a save, whose directory is then listed too, and why it is none;
+    and with the save before it an epoch that is made again, so lines of one form count once.
     """
     cut_off = re.compile(r".* not whole |checkpoint_\d+: ")
     lines = [line for line in text.splitlines() if line and not cut_off.match(line)]
-    return [re.sub(r"\S*/runs|\d[\d.]*( s\b| min\b)?", "N", line).split() for line in lines]
+    forms = (re.sub(r"\S*/runs|\d[\d.]*( s\b| min\b)?", "N", line).split() for line in lines)
+    return [form for form, _ in groupby(forms)]
 
 
 def test_a_script_that_is_killed_goes_on_as_the_page_shows(tmp_path: Path) -> None:
@@ -46,9 +49,9 @@ def test_a_script_that_is_killed_goes_on_as_the_page_shows(tmp_path: Path) -> No
 
     (died, before), (resumed, after), (_, listed) = printed
     assert (died, resumed) == ("python train.py --die", "python train.py")
-    assert re.match(r"resumed at step [67]0\n", after)
+    assert re.match(r"resumed at step [1-7]0\n", after)
     assert listed.count(" good ") == 3
     # The epochs of both lives are those of a run that was never killed.
     (tmp_path / "whole.py").write_text(code.replace("runs/script", "runs/whole"))
     told = [line for line in (before + after).splitlines() if line.startswith("epoch ")]
-    assert told == _run(tmp_path, "python whole.py").splitlines()
+    assert list(dict.fromkeys(told)) == _run(tmp_path, "python whole.py").splitlines()
