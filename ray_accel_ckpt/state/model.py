@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_map_only
 
 from ray_accel_ckpt.errors import UnsupportedStateError
+from ray_accel_ckpt.state.entries import copies_in, fits, fitting, give, is_extra, stored_entries
 from ray_accel_ckpt.state.materialise import Unset
 from ray_accel_ckpt.state.part import Captured, Differences, SavedPart, Scope, require
 from ray_accel_ckpt.state.sharding import (
     has_unreduced_gradients,
     is_sharded,
-    local,
     memory_of,
     reshard,
 )
-from ray_accel_ckpt.state.tree import encoded_items, flatten, same_view, tensor_ref
-
-_EXTRA_STATE = "_extra_state"
+from ray_accel_ckpt.state.tree import flatten, same_view
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -81,7 +76,7 @@ class ModelPart:
             else:
                 scopes[name] = self._buffer_scope()
                 key = name.removeprefix(f"{self.name}/")
-                if name not in buffers and key in state and not _is_extra(key):
+                if name not in buffers and key in state and not is_extra(key):
                     added[name] = tensor
         if added:
             scopes |= self._scopes_of_added(added)
@@ -95,14 +90,14 @@ class ModelPart:
         )
 
     def compare(self, saved: SavedPart, differences: Differences) -> None:
-        live, stored = self.module.state_dict(), _entries(saved)
+        live, stored = self.module.state_dict(), stored_entries(saved)
         differences.missing += [
             f"{self.name}/{n}" for n in live if n not in stored and n not in saved.omitted
         ]
         differences.unexpected += [f"{self.name}/{n}" for n in stored if n not in live]
         for name, tensor in live.items():
             ref = stored.get(name)
-            if not isinstance(tensor, torch.Tensor) or ref is None or _is_extra(name):
+            if not isinstance(tensor, torch.Tensor) or ref is None or is_extra(name):
                 continue
             spec = saved.tensors.get(ref)
             if spec is None or (spec.dtype, spec.shape) != (tensor.dtype, tuple(tensor.shape)):
@@ -114,14 +109,14 @@ class ModelPart:
 
     def targets(self, saved: SavedPart) -> Mapping[str, torch.Tensor]:
         live = self.module.state_dict()
-        copies = self._copies(live)
-        return {ref: t for name, ref, t in _fitting(live, saved) if name not in copies}
+        copies = copies_in(self.module, live)
+        return {ref: t for name, ref, t in fitting(live, saved) if name not in copies}
 
     def templates(self, saved: SavedPart) -> Mapping[str, torch.Tensor]:
         live = self.module.state_dict()
-        copies = self._copies(live)
-        fitting = _fitting(live, saved)
-        return {ref: t for name, ref, t in fitting if name in copies and is_sharded(t)}
+        copies = copies_in(self.module, live)
+        found = fitting(live, saved)
+        return {ref: t for name, ref, t in found if name in copies and is_sharded(t)}
 
     def check(self, state: Any) -> None:
         known = isinstance(state, Mapping) and all(type(name) is str for name in state)
@@ -129,27 +124,27 @@ class ModelPart:
 
     def apply(self, state: Any) -> None:
         live = self.module.state_dict()
-        copies = self._copies(live)
+        copies = copies_in(self.module, live)
         self.unset.names.difference_update(state)
-        given = {n: saved for n, saved in state.items() if n in copies and _fits(live[n], saved)}
+        given = {n: saved for n, saved in state.items() if n in copies and fits(live[n], saved)}
         with torch.no_grad():
             for name, saved in state.items():
                 if name in copies:
                     continue
-                if _is_extra(name):
+                if is_extra(name):
                     if name in live:
                         owner = name.rpartition(".")[0]
                         self.module.get_submodule(owner).set_extra_state(saved)
                     continue
                 # Tied weights are stored once: the names beside the target are filled from it
                 # unless they are the very same memory.
-                target: Any = live.get(name)
-                both = isinstance(target, torch.Tensor) and isinstance(saved, torch.Tensor)
-                fits = both and target.shape == saved.shape
-                if fits and target.dtype == saved.dtype and same_view(target) != same_view(saved):
+                target = live.get(name)
+                if not isinstance(target, torch.Tensor) or not fits(target, saved):
+                    continue
+                if same_view(target) != same_view(saved):
                     target.copy_(saved)
             if given:
-                self._give(given, getattr(live, "_metadata", None))
+                give(self.module, given, where=self.name, like=live)
 
     def own_names(self) -> set[str]:
         """Parameters and buffers of which nobody says that they are equal on all ranks.
@@ -188,44 +183,6 @@ class ModelPart:
                 remedy="save after optimizer.step(), or leave the gradient sync on",
             )
 
-    def _copies(self, state: Mapping[str, Any]) -> set[str]:
-        """Names of entries that are no memory of the module: filling them would fill nothing."""
-        held = {memory_of(t) for t in chain(self.module.parameters(), self.module.buffers())}
-        # What has no address has no bytes either.
-        held.add(0)
-        return {
-            name
-            for name, value in state.items()
-            if not _is_extra(name)
-            and not (isinstance(value, torch.Tensor) and memory_of(value) in held)
-        }
-
-    def _give(self, state: Mapping[str, Any], metadata: Any) -> None:
-        """Have the module load what its `state_dict()` returns copies of."""
-        given = OrderedDict(state)
-        given._metadata = metadata  # type: ignore[attr-defined]
-        taken = self.module.load_state_dict(given, strict=False)
-        left = [name for name in getattr(taken, "unexpected_keys", ()) if name in state]
-        if not left:
-            return
-        # Memory that is neither a parameter nor a buffer (scales of packed weights), or constant.
-        live = self.module.state_dict()
-        for name in left:
-            if isinstance(live.get(name), torch.Tensor) and _fits(live[name], state[name]):
-                live[name].copy_(state[name])
-        live = self.module.state_dict()
-        lost = [name for name in left if name not in live or not _same(live[name], state[name])]
-        if lost:
-            raise UnsupportedStateError(
-                f"{len(lost)} values of a model's state_dict() are not loaded by anything",
-                where=", ".join(f"{self.name}/{name}" for name in lost[:5]),
-                why="state_dict() returns copies of them, the model's load_state_dict() does not "
-                "take them, and they are not what was saved",
-                remedy="make them buffers, or let _load_from_state_dict or a hook of "
-                "register_load_state_dict_pre_hook take them; then load in a new process: "
-                "the rest of the state may have been loaded here",
-            )
-
     def _scopes_of_added(self, added: Mapping[str, torch.Tensor]) -> dict[str, Scope]:
         """Of tensors that are in the state under names that the module does not have.
 
@@ -253,48 +210,3 @@ class ModelPart:
             return Scope.PER_RANK
         handed_out = wrapped.broadcast_buffers and wrapped.require_forward_param_sync
         return Scope.RANK_ZERO if handed_out else Scope.PER_RANK
-
-
-def _is_extra(name: str) -> bool:
-    """Whether `get_extra_state` returned it: a value of any kind, a tensor of any shape."""
-    return name.rpartition(".")[2] == _EXTRA_STATE
-
-
-def _entries(saved: SavedPart) -> dict[str, str]:
-    """Names of the stored state dict, each with the tensor that holds it ("" for extra state)."""
-    return {name: tensor_ref(value) for name, value in encoded_items(saved.value).items()}
-
-
-def _fitting(live: Mapping[str, Any], saved: SavedPart) -> Iterator[tuple[str, str, torch.Tensor]]:
-    """Tensors of a live state that the checkpoint has alike: name, stored name, tensor."""
-    stored = _entries(saved)
-    for name, tensor in live.items():
-        spec = saved.tensors.get(stored.get(name, ""))
-        if not isinstance(tensor, torch.Tensor) or spec is None or _is_extra(name):
-            continue
-        if (spec.dtype, spec.shape) == (tensor.dtype, tuple(tensor.shape)):
-            yield name, stored[name], tensor
-
-
-def _fits(live: Any, saved: Any) -> bool:
-    """Whether a saved value may be given for a live one. Of what is no tensor the module judges."""
-    if not isinstance(live, torch.Tensor):
-        return True
-    both = isinstance(saved, torch.Tensor)
-    return both and (live.dtype, live.shape) == (saved.dtype, saved.shape)
-
-
-def _same(live: Any, saved: Any) -> bool:
-    """Whether two values are the same to the bit, wherever they are."""
-    ours, theirs = (
-        flatten(tree_map_only(torch.Tensor, lambda t: local(t).cpu(), value), "")
-        for value in (live, saved)
-    )
-    return ours.value == theirs.value and all(
-        torch.equal(_bytes(tensor), _bytes(theirs.tensors[name]))
-        for name, tensor in ours.tensors.items()
-    )
-
-
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
