@@ -80,10 +80,16 @@ class Destination:
             overlap(local(self.all[piece.info.name]), self._boxes[piece.info.name], rows, piece.box)
             for piece, rows in found
         ]
-        common = [pair for pair in pairs if pair is not None]
-        if common:
+        plain = []
+        for target, found_rows in (pair for pair in pairs if pair is not None):
+            if target.is_conj() or target.is_neg():
+                # Views that have other values than their memory.
+                target.copy_(found_rows)
+            else:
+                plain.append((target, found_rows))
+        if plain:
             # One call: of many small tensors each costs little else than being called for.
-            torch._foreach_copy_([target for target, _ in common], [rows for _, rows in common])
+            torch._foreach_copy_([target for target, _ in plain], [rows for _, rows in plain])
 
 
 class Wanted:

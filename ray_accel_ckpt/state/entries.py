@@ -64,6 +64,13 @@ def copies_in(module: nn.Module, state: Mapping[str, Any]) -> set[str]:
     }
 
 
+def overlapping_in(module: nn.Module, state: Mapping[str, Any]) -> list[str]:
+    """Names of memory of the module that cannot be filled, since elements share some of it."""
+    found = [n for n, t in state.items() if isinstance(t, torch.Tensor) and _overlaps(t)]
+    copies = copies_in(module, state) if found else set()
+    return [name for name in found if name not in copies and not is_extra(name)]
+
+
 def give(
     module: nn.Module, state: Mapping[str, Any], *, where: str, like: Mapping[str, Any]
 ) -> None:
@@ -100,6 +107,15 @@ def give(
             "register_load_state_dict_pre_hook take them; then load in a new process: "
             "the rest of the state may have been loaded here",
         )
+
+
+def _overlaps(tensor: torch.Tensor) -> bool:
+    if tensor.layout != torch.strided or tensor.is_nested:
+        return False
+    strides = tensor.stride()
+    return 0 in strides and any(
+        stride == 0 and size > 1 for stride, size in zip(strides, tensor.shape, strict=True)
+    )
 
 
 def _same(live: Any, saved: Any) -> bool:

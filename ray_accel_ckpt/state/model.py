@@ -10,7 +10,15 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ray_accel_ckpt.errors import UnsupportedStateError
-from ray_accel_ckpt.state.entries import copies_in, fits, fitting, give, is_extra, stored_entries
+from ray_accel_ckpt.state.entries import (
+    copies_in,
+    fits,
+    fitting,
+    give,
+    is_extra,
+    overlapping_in,
+    stored_entries,
+)
 from ray_accel_ckpt.state.materialise import Unset
 from ray_accel_ckpt.state.part import Captured, Differences, SavedPart, Scope, require
 from ray_accel_ckpt.state.sharding import (
@@ -59,6 +67,26 @@ class ModelPart:
         whole = self.weights()
         state = whole if weights is None else dict(weights)
         flat = flatten(state, self.name)
+        for name in overlapping_in(self.module, state):
+            raise UnsupportedStateError(
+                "cannot save a tensor whose elements share memory",
+                where=f"{self.name}/{name}",
+                why="it was expanded, and loading cannot write its elements one by one",
+                remedy="give the module a contiguous one: tensor.clone()",
+            )
+        return Captured(
+            kind=self.kind,
+            per_rank=False,
+            value=flat.value,
+            tensors=flat.tensors,
+            scopes=self._scopes(flat.tensors, state),
+            omitted=tuple(n for n in whole if n not in state),
+        )
+
+    def _scopes(
+        self, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]
+    ) -> dict[str, Scope]:
+        """Of the tensors of a state dict, by stored name."""
         parameters = {
             f"{self.name}/{n}" for n, _ in self.module.named_parameters(remove_duplicate=False)
         }
@@ -66,7 +94,7 @@ class ModelPart:
         buffers = {f"{self.name}/{n}" for n, _ in self.module.named_buffers(remove_duplicate=False)}
         added: dict[str, torch.Tensor] = {}
         scopes = {}
-        for name, tensor in flat.tensors.items():
+        for name, tensor in tensors.items():
             if is_sharded(tensor):
                 scopes[name] = Scope.SHARDED
             elif name in own:
@@ -78,16 +106,7 @@ class ModelPart:
                 key = name.removeprefix(f"{self.name}/")
                 if name not in buffers and key in state and not is_extra(key):
                     added[name] = tensor
-        if added:
-            scopes |= self._scopes_of_added(added)
-        return Captured(
-            kind=self.kind,
-            per_rank=False,
-            value=flat.value,
-            tensors=flat.tensors,
-            scopes=scopes,
-            omitted=tuple(n for n in whole if n not in state),
-        )
+        return {**scopes, **(self._scopes_of_added(added) if added else {})}
 
     def compare(self, saved: SavedPart, differences: Differences) -> None:
         live, stored = self.module.state_dict(), stored_entries(saved)
@@ -95,6 +114,11 @@ class ModelPart:
             f"{self.name}/{n}" for n in live if n not in stored and n not in saved.omitted
         ]
         differences.unexpected += [f"{self.name}/{n}" for n in stored if n not in live]
+        differences.differing += [
+            f"{self.name}/{n} (model: expanded, its elements share memory)"
+            for n in overlapping_in(self.module, live)
+            if n in stored
+        ]
         for name, tensor in live.items():
             ref = stored.get(name)
             if not isinstance(tensor, torch.Tensor) or ref is None or is_extra(name):
@@ -109,8 +133,8 @@ class ModelPart:
 
     def targets(self, saved: SavedPart) -> Mapping[str, torch.Tensor]:
         live = self.module.state_dict()
-        copies = copies_in(self.module, live)
-        return {ref: t for name, ref, t in fitting(live, saved) if name not in copies}
+        others = {*copies_in(self.module, live), *overlapping_in(self.module, live)}
+        return {ref: t for name, ref, t in fitting(live, saved) if name not in others}
 
     def templates(self, saved: SavedPart) -> Mapping[str, torch.Tensor]:
         live = self.module.state_dict()
@@ -125,11 +149,12 @@ class ModelPart:
     def apply(self, state: Any) -> None:
         live = self.module.state_dict()
         copies = copies_in(self.module, live)
+        others = copies.union(overlapping_in(self.module, live))
         self.unset.names.difference_update(state)
         given = {n: saved for n, saved in state.items() if n in copies and fits(live[n], saved)}
         with torch.no_grad():
             for name, saved in state.items():
-                if name in copies:
+                if name in others:
                     continue
                 if is_extra(name):
                     if name in live:
@@ -158,7 +183,8 @@ class ModelPart:
 
     def replicated(self) -> set[str]:
         """Stored names of what has to be the same on all ranks."""
-        scopes = self.capture().scopes
+        state = self.weights()
+        scopes = self._scopes(flatten(state, self.name).tensors, state)
         return {name for name, scope in scopes.items() if scope is Scope.REPLICATED}
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:

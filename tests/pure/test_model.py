@@ -169,6 +169,45 @@ def test_views_of_one_memory_come_back_as_such(tmp_path: Path) -> None:
     assert other.tail.data_ptr() == other.whole[3:].data_ptr()
 
 
+def buffered(value: torch.Tensor) -> Any:
+    module = nn.Linear(2, 2)
+    module.register_buffer("b", value)
+    return module
+
+
+@pytest.mark.parametrize("view", [lambda t: t.conj(), lambda t: t.conj().imag], ids=["conj", "neg"])
+def test_views_whose_values_are_not_their_memory_are_filled(tmp_path: Path, view: Any) -> None:
+    value = view(torch.randn(3, dtype=torch.complex64))
+    saved(tmp_path, buffered(value))
+    other = loaded(tmp_path, buffered(view(torch.zeros(3, dtype=torch.complex64))))
+    assert torch.equal(other.b.resolve_conj().resolve_neg(), value.resolve_conj().resolve_neg())
+    assert (other.b.is_conj(), other.b.is_neg()) == (value.is_conj(), value.is_neg())
+
+
+def test_an_expanded_tensor_is_refused_when_saving(tmp_path: Path) -> None:
+    with pytest.raises(errors.UnsupportedStateError, match="share memory") as caught:
+        saved(tmp_path, buffered(torch.zeros(1).expand(5)))
+    assert caught.value.where == "model/b"
+
+
+def test_an_expanded_tensor_is_found_before_anything_is_loaded(tmp_path: Path) -> None:
+    saved(tmp_path, model := buffered(torch.ones(5)))
+    error = refused(tmp_path, buffered(torch.zeros(1).expand(5)))
+    assert error.differing == ("model/b (model: expanded, its elements share memory)",)
+    other = loaded(tmp_path, buffered(torch.zeros(1).expand(5)), strict=False)
+    assert torch.equal(other.weight, model.weight)
+    assert torch.equal(other.b, torch.zeros(5))
+
+
+def test_an_expanded_tensor_that_is_a_copy_comes_back(tmp_path: Path) -> None:
+    def model(value: float) -> nn.Module:
+        hook = lambda _, state: state.update(mean=state["mean"][:1].clone().expand(3))  # noqa: E731
+        return Hooked(hook, value)
+
+    saved(tmp_path, model(3.0))
+    assert loaded(tmp_path, model(0.0)).mean.tolist() == [3.0] * 3
+
+
 # --- wrappers --------------------------------------------------------------------------
 
 
