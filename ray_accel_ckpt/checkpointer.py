@@ -307,7 +307,8 @@ class Checkpointer:
         then, and is no place to write to.
 
         `weights` is a list of state dicts; what a hook takes out of one, or out
-        of the list, is not saved. Every rank must take out the same.
+        of the list, is not saved. Every rank must take out the same. To put something
+        in, or another dict in the place of one, is a `ConfigurationError` of the save.
         """
         return self._hooks.add_save(hook)
 

@@ -641,6 +641,28 @@ def test_a_model_that_hooks_take_out_is_left_to_them(tmp_path: Path) -> None:
     assert digest(model.state_dict()) == before
 
 
+@pytest.mark.parametrize(
+    ("put_in", "where"),
+    [
+        (lambda weights: weights.__setitem__(0, dict(weights[0])), "a state dict in the place"),
+        (lambda weights: weights.append({}), "a state dict in the place"),
+        (lambda weights: weights[0].update(more=torch.ones(1)), "model/more"),
+        (lambda weights: weights[0].update(bias=torch.ones(3).half()), "model/bias, in another"),
+        (lambda weights: weights[0].update(bias=torch.ones(4)), "model/bias, in another"),
+    ],
+)
+def test_what_a_save_hook_puts_in_is_refused(tmp_path: Path, put_in: Any, where: str) -> None:
+    """It would make a checkpoint that the model cannot load, or that the model is not in."""
+    ckpt = checkpointer(tmp_path)
+    ckpt.prepare(nn.Linear(3, 3))
+    handle = ckpt.register_save_state_pre_hook(lambda models, weights, path: put_in(weights))
+    with pytest.raises(errors.ConfigurationError, match=where):
+        ckpt.save_state()
+    handle.remove()
+    ckpt.save_state()
+    assert ckpt.load_state()
+
+
 def test_hooks_see_the_models_their_weights_and_the_place(tmp_path: Path) -> None:
     ckpt = checkpointer(tmp_path)
     model = ckpt.prepare(nn.Linear(3, 3))
