@@ -243,8 +243,8 @@ class Checkpointer:
         parallelism, unless they are sharded already (`fully_shard`, tensor
         parallel plans). Loaders, and what `iter_torch_batches` of a Ray Data
         shard returns, become resumable; loaders serve this worker's share.
-        Optimizers go through the scaler if there is one. Anything else is
-        returned as it is. Collective when there are peers.
+        Optimizers step through the scaler if there is one. They, and anything
+        else, are returned as they are. Collective when there are peers.
 
         A model built on the meta device gets memory here, and first values from its
         modules' `reset_parameters`. What has none must be loaded before it is used;

@@ -185,11 +185,22 @@ def test_saved_between_two_steps_the_update_still_knows_of_the_first(
     resumed = pair(tmp_path, make, growth_interval=1)
     assert resumed[0].load_state()
     assert both(*resumed) == whole
-    # And where the same is pending already.
-    ckpt.backward(models[0](X).sum() + models[1](X).sum())
+
+
+@pytest.mark.parametrize("factor", [1.0, torch.inf])
+def test_loading_forgets_a_step_that_the_update_was_to_know_of(
+    tmp_path: Path, factor: float
+) -> None:
+    ckpt, models, optimizers = pair(tmp_path, growth_interval=1)
+    ckpt.save_state()
+    ckpt.backward(models[0](X).sum() * factor + models[1](X).sum())
     optimizers[0].step()
     assert ckpt.load_state()
-    assert both(ckpt, models, optimizers) == whole
+    for model, optimizer in zip(models, optimizers, strict=True):
+        ckpt.backward(model(X).sum())
+        optimizer.step()
+    assert ckpt.scaler is not None
+    assert ckpt.scaler.get_scale() == 2048.0
 
 
 # --- other checkpointers ---------------------------------------------------------------
