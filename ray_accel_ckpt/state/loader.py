@@ -62,7 +62,8 @@ class PreparedLoader:
 
     Raises:
         ConfigurationError: if the dataset has fewer samples than there are
-            workers, or the sampler deals out to ranks itself.
+            workers, the sampler deals out to ranks itself, or loader workers do
+            not keep the order.
     """
 
     kind = "loader"

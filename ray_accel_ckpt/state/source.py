@@ -6,6 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from torch.utils.data import DataLoader
+
+from ray_accel_ckpt.errors import ConfigurationError
 from ray_accel_ckpt.state.cursor import Cursor
 from ray_accel_ckpt.state.part import Differences
 from ray_accel_ckpt.state.tree import Json
@@ -76,3 +79,14 @@ class Source(Protocol):
             ElasticDataError: the data cannot be dealt out to another number of workers.
         """
         ...
+
+
+def require_in_order(loader: DataLoader[Any], name: str) -> None:
+    """Raise `ConfigurationError` if loader workers may hand out batches as they finish them."""
+    if loader.num_workers and not loader.in_order:
+        raise ConfigurationError(
+            f"loader {name!r} has in_order=False",
+            why="its batches come in the order in which its workers finish them, so that a "
+            "position does not say which samples there were: some would come twice, some never",
+            remedy="leave in_order out; a larger prefetch_factor evens out slow samples too",
+        )

@@ -17,7 +17,7 @@ from ray_accel_ckpt.state.cursor import Cursor
 from ray_accel_ckpt.state.entrances import ByDataset, entrance_of, has_state
 from ray_accel_ckpt.state.part import Differences
 from ray_accel_ckpt.state.rng import NOT_A_STATE, OwnStreams, check_host, derived_seed
-from ray_accel_ckpt.state.source import Served
+from ray_accel_ckpt.state.source import Served, require_in_order
 from ray_accel_ckpt.state.tree import Json, encoded_items, flatten, tensor_refs, unflatten
 
 logger = logging.getLogger(__name__)
@@ -41,6 +41,7 @@ class StreamSource:
     members = frozenset({"loader_workers", "entry"})
 
     def __init__(self, loader: DataLoader[Any], *, name: str, rank: int, world_size: int) -> None:
+        require_in_order(loader, name)
         self._loader = loader
         self._name = name
         self._rank, self._world_size = rank, world_size

@@ -249,6 +249,13 @@ def test_fewer_samples_than_ranks_are_refused() -> None:
         prepared(DataLoader(Plain(2)), world_size=3)
 
 
+@pytest.mark.parametrize("data", [Plain, Stream])
+def test_loader_workers_that_do_not_keep_the_order_are_refused(data: Any) -> None:
+    with pytest.raises(errors.ConfigurationError, match="in_order=False"):
+        prepared(DataLoader(data(), batch_size=2, num_workers=2, in_order=False))
+    assert len(list(prepared(DataLoader(data(), batch_size=2, in_order=False)))) == 11
+
+
 # --- passes ----------------------------------------------------------------------------
 
 
