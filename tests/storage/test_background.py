@@ -140,17 +140,28 @@ def test_a_failure_is_logged_before_anyone_asks(memory: MemoryFilesystem) -> Non
 def test_a_script_that_ends_without_asking_is_told(tmp_path: Path) -> None:
     """Its process waits for the save, and prints what became of it."""
     script = """
-import sys
-import threading
+import atexit, sys, threading
+held_back = threading.Event()
+def last():
+    print("the end", file=sys.stderr, flush=True)
+    held_back.set()
+atexit.register(last)
+
 import torch
 from ray_accel_ckpt import Checkpointer, EverySteps, ProjectConfiguration
 from ray_accel_ckpt.storage.filesystem import LocalFilesystem
 
 def full(filesystem, path, chunks):
-    threading.main_thread().join()
+    held_back.wait()
     raise OSError(28, "No space left on device", path)
 
-LocalFilesystem.write = full
+join = threading.Thread.join
+def joined(thread, *args):
+    if thread.name == "ray_accel_ckpt-writer":
+        held_back.set()
+    join(thread, *args)
+
+LocalFilesystem.write, threading.Thread.join = full, joined
 project = ProjectConfiguration(sys.argv[1], automatic_checkpoint_naming=True)
 ckpt = Checkpointer(save=EverySteps(1), project_config=project)
 ckpt.prepare(torch.nn.Linear(1, 1))
@@ -160,4 +171,4 @@ ckpt.step()
         [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True
     )
     place = tmp_path / "checkpoints" / "checkpoint_0"
-    assert f"while saving to {place}: StorageError" in ended.stderr
+    assert f"while saving to {place}: StorageError" in ended.stderr.partition("the end")[0]
