@@ -31,7 +31,6 @@ WAYS = [
     Way(name="ray_accel_ckpt, save each 10", kind="ours", every=10),
     Way(name="torch.save + report each 5", kind="recipe", every=5),
     Way(name="torch.save + report each 10", kind="recipe", every=10),
-    Way(name="torch.save + report each 20", kind="recipe", every=20),
 ]
 
 LONGEST = 8
