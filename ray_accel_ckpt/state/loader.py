@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,7 +42,8 @@ class PreparedLoader:
     Everything else (`dataset`, `batch_size`, ...) is the wrapped loader's.
     Iterating draws nothing from the global random streams: the order, the
     loader workers' base seed and each sample's augmentation come from seeds of
-    their own. Batches are moved to `device`.
+    their own. Batches are moved to `device`: their tensors, and whatever in them
+    has a `to` method.
 
     Args:
         loader: as the user made it.
@@ -218,4 +220,19 @@ class PreparedLoader:
 def _moved(batch: Any, device: torch.device) -> Any:
     if device.type == "cpu":
         return batch
-    return _pytree.tree_map_only(torch.Tensor, lambda t: t.to(device, non_blocking=True), batch)
+    return _pytree.tree_map(partial(_leaf_moved, device=device), batch, is_leaf=_moves)
+
+
+def _moves(value: Any) -> bool:
+    """A tensor, or what moves its tensors itself: a `BatchEncoding`, a packed sequence, a graph."""
+    return callable(getattr(value, "to", None))
+
+
+def _leaf_moved(leaf: Any, device: torch.device) -> Any:
+    if not _moves(leaf):
+        return leaf
+    try:
+        return leaf.to(device, non_blocking=True)
+    except TypeError:
+        # Not all that move know how to without waiting.
+        return leaf.to(device)

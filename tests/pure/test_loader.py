@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import (
     DataLoader,
     Dataset,
@@ -18,8 +19,10 @@ from torch.utils.data import (
     WeightedRandomSampler,
     default_collate,
 )
+from transformers import BatchEncoding
 
 from ray_accel_ckpt import Checkpointer, errors
+from ray_accel_ckpt.state.loader import PreparedLoader
 from ray_accel_ckpt.state.part import Differences
 from ray_accel_ckpt.state.tree import unflatten
 from tests.pure.helpers import (
@@ -418,3 +421,29 @@ class Dicts(Dataset[dict[str, int]]):
 def test_batches_of_any_structure_pass_through() -> None:
     (batch,) = prepared(DataLoader(Dicts(), batch_size=2))
     assert batch["x"].tolist() == [0, 1]
+
+
+class Moving:
+    """Moves itself, as tokenizers' batches and graphs do."""
+
+    def __init__(self, samples: list[int]) -> None:
+        self.x = torch.tensor(samples)
+
+    def to(self, device: torch.device) -> Moving:
+        self.x = self.x.to(device)
+        return self
+
+
+def test_batches_go_to_the_device_whatever_they_are_made_of() -> None:
+    def collate(samples: list[int]) -> Any:
+        x = torch.tensor(samples)
+        packed = nn.utils.rnn.pack_sequence([x.float()])
+        encoding = BatchEncoding({"input_ids": x})
+        return {"x": [x], "encoding": encoding, "packed": packed, "own": Moving(samples), "n": 2}
+
+    meta = torch.device("meta")
+    loader = DataLoader(Plain(2), batch_size=2, collate_fn=collate)
+    (batch,) = PreparedLoader(loader, name="a", seed=0, rank=0, world_size=1, device=meta)
+    found = [batch["x"][0], batch["encoding"]["input_ids"], batch["packed"].data, batch["own"].x]
+    assert [tensor.device for tensor in found] == [meta] * 4
+    assert batch["n"] == 2
