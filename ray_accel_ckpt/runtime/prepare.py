@@ -101,7 +101,7 @@ class Preparer:
         # Of two numbers the order of adding does not matter.
         if isinstance(model, DistributedDataParallel) and self._session.group.world_size > 2:
             pin(model)
-        model.register_forward_pre_hook(self.window)
+        self._watch(model)
         self._bundle.add_model(model)
 
     def adopt_optimizer(self, optimizer: Optimizer) -> Callable[[], None]:
@@ -143,7 +143,7 @@ class Preparer:
             model = prepare_model(
                 obj, self.device, world_size=group.world_size, ddp_kwargs=self._ddp_kwargs
             )
-            model.register_forward_pre_hook(self.window)
+            self._watch(model)
             if unset.names:
                 model.register_forward_pre_hook(unset)
             self._bundle.add_model(model, unset)
@@ -173,6 +173,18 @@ class Preparer:
         if isinstance(obj, LRScheduler):
             self._bundle.add_scheduler(obj)
         return obj
+
+    def _watch(self, model: nn.Module) -> None:
+        """Have the window know of each forward."""
+        if isinstance(model, torch.jit.ScriptModule):
+            raise ConfigurationError(
+                "a model that is a ScriptModule cannot be prepared",
+                where=type(model).__qualname__,
+                why="TorchScript takes no forward hooks, by which gradients that wait are known",
+                remedy="prepare an nn.Module that calls it in its forward; its state_dict() "
+                "names have that attribute's name before them",
+            )
+        model.register_forward_pre_hook(self.window)
 
     def _is_prepared(self, obj: Any) -> bool:
         bundle = self._bundle

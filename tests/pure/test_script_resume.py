@@ -613,6 +613,21 @@ def test_a_prepared_model_can_be_copied(tmp_path: Path) -> None:
     assert digest(copy.deepcopy(model).state_dict()) == digest(model.state_dict())
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+def test_a_scripted_module_is_prepared_inside_another(tmp_path: Path) -> None:
+    ckpt = checkpointer(tmp_path)
+    with pytest.raises(errors.ConfigurationError, match="ScriptModule"):
+        ckpt.prepare(torch.jit.script(nn.Linear(2, 2)))
+    model = ckpt.prepare(nn.Sequential(torch.jit.script(nn.Linear(2, 2))))
+    before = digest(model)
+    model(torch.ones(1, 2)).sum().backward()
+    assert "gradients" in open_checkpoint(ckpt.save_state()).parts
+    with torch.no_grad():
+        model[0].weight.zero_()
+    assert ckpt.load_state()
+    assert digest(model) == before
+
+
 # --- hooks -----------------------------------------------------------------------------
 
 
