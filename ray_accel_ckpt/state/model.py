@@ -110,6 +110,8 @@ class ModelPart:
 
     def compare(self, saved: SavedPart, differences: Differences) -> None:
         live, stored = self.module.state_dict(), stored_entries(saved)
+        # What no state can hold cannot be compared either, and this says why.
+        flatten(live, self.name)
         differences.missing += [
             f"{self.name}/{n}" for n in live if n not in stored and n not in saved.omitted
         ]

@@ -19,6 +19,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from torch.nn.parameter import is_lazy
 
 from ray_accel_ckpt.errors import CorruptCheckpointError, UnsupportedStateError
 from ray_accel_ckpt.state.sharding import is_sharded, local
@@ -157,17 +158,23 @@ class _Flattener:
         )
 
     def _tensor(self, tensor: torch.Tensor, path: str) -> Json:
+        if is_lazy(tensor):
+            raise UnsupportedStateError(
+                "a parameter has no shape and no values yet",
+                where=path,
+                why="it is a lazy module's, and no forward has gone through it",
+                remedy="call the model with a batch before anything is saved or loaded",
+            )
         plain = tensor.detach()
+        if plain.is_nested or plain.layout != torch.strided or plain.is_quantized or plain.is_meta:
+            raise UnsupportedStateError(
+                f"cannot save a tensor of this kind ({_kind(plain)}, {plain.dtype})",
+                where=path,
+                remedy=_dense(plain),
+            )
         if plain.is_conj() or plain.is_neg():
             # What is copied later must be the values, not how to come by them.
             plain = plain.resolve_conj().resolve_neg()
-        if plain.layout != torch.strided or plain.is_quantized or plain.is_meta:
-            kind = "meta" if plain.is_meta else str(plain.layout)
-            raise UnsupportedStateError(
-                f"cannot save a tensor of this kind ({kind}, {plain.dtype})",
-                where=path,
-                remedy="save a dense tensor: state_dict() may return tensor.to_dense()",
-            )
         if type(plain) not in (torch.Tensor, torch.nn.Parameter) and not is_sharded(plain):
             raise UnsupportedStateError(
                 f"cannot save a {type(plain).__module__}.{type(plain).__qualname__}",
@@ -364,6 +371,22 @@ _DECODERS: dict[str, _Decoder] = {
     "torch.device": lambda v, t: torch.device(v["value"]),
     "torch.Size": lambda v, t: torch.Size(_lengths(v["items"])),
 }
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    if tensor.is_nested:
+        return "nested"
+    return "meta" if tensor.is_meta else str(tensor.layout)
+
+
+def _dense(tensor: torch.Tensor) -> str:
+    """What to do with a tensor that is none of dense numbers."""
+    if tensor.is_meta:
+        return "give it memory and values first: prepare() does that for a model"
+    instead = "tensor.dequantize()" if tensor.is_quantized else "tensor.to_dense()"
+    if tensor.is_nested:
+        instead = "list(tensor.unbind())"
+    return f"save dense tensors: state_dict() may return {instead}"
 
 
 def _is_text(value: str) -> bool:

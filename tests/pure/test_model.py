@@ -406,6 +406,18 @@ def test_another_shape_is_listed_with_both(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.filterwarnings("ignore:Lazy modules are:UserWarning")
+def test_a_parameter_without_a_shape_is_named(tmp_path: Path) -> None:
+    saved(tmp_path, nn.Linear(3, 2))
+    ckpt = checkpointer(tmp_path)
+    model = ckpt.prepare(nn.LazyLinear(2))
+    for call in (ckpt.save_state, ckpt.load_state):
+        with pytest.raises(errors.UnsupportedStateError, match="model/weight"):
+            call()
+    model(torch.ones(1, 3))
+    assert ckpt.load_state()
+
+
 def test_another_dtype_is_listed_with_both(tmp_path: Path) -> None:
     saved(tmp_path, nn.Linear(1, 1, bias=False))
     error = refused(tmp_path, nn.Linear(1, 1, bias=False, dtype=torch.bfloat16))

@@ -384,6 +384,30 @@ def test_what_is_refused_is_named_by_its_full_type(kind: str, name: str) -> None
         flatten(REFUSED[kind], "part")
 
 
+# torch warns of both when they are made.
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*quantiz")
+@pytest.mark.parametrize(
+    ("make", "remedy"),
+    [
+        (lambda: torch.eye(2).to_sparse(), "to_dense()"),
+        (lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8), "dequantize()"),
+        (lambda: torch.nested.nested_tensor([torch.ones(1), torch.ones(2)]), "unbind()"),
+        (
+            lambda: torch.nested.nested_tensor([torch.ones(1), torch.ones(2)], layout=torch.jagged),
+            "unbind()",
+        ),
+        (lambda: torch.ones(2, device="meta"), "prepare()"),
+        (lambda: torch.nn.LazyLinear(2).weight, "call the model with a batch"),
+    ],
+)
+def test_a_tensor_of_another_kind_is_refused_with_what_to_do(make: Any, remedy: str) -> None:
+    with pytest.raises(UnsupportedStateError) as caught:
+        flatten([make()], "part")
+    assert caught.value.where == "part/0"
+    assert remedy in caught.value.remedy
+
+
 def test_an_open_file_is_refused(tmp_path: Path) -> None:
     with (
         (tmp_path / "log").open("w") as file,
