@@ -31,7 +31,7 @@ class Stateful(Protocol):
     def load_state_dict(self, state_dict: Any) -> Any: ...
 
 
-class _Plain:
+class PlainPart:
     """Parts that bring nothing to compare and copy nothing in place."""
 
     def compare(self, saved: SavedPart, differences: Differences) -> None:
@@ -49,7 +49,7 @@ class _Plain:
         del state
 
 
-class ObjectPart(_Plain):
+class ObjectPart(PlainPart):
     """An object with `state_dict` and `load_state_dict`.
 
     Args:
@@ -116,7 +116,7 @@ class ObjectPart(_Plain):
         self.object.load_state_dict(state)
 
 
-class GradientPart(_Plain):
+class GradientPart(PlainPart):
     """Gradients of an accumulation window that a save falls into; per rank, as DDP leaves them."""
 
     kind = "gradients"
@@ -169,7 +169,7 @@ class GradientPart(_Plain):
             parameter.grad = None
 
 
-class RngPart(_Plain):
+class RngPart(PlainPart):
     """This worker's random streams. Restored last of all.
 
     A rank that the checkpoint does not know gets streams derived from (seed,
@@ -194,7 +194,7 @@ class RngPart(_Plain):
         rng.restore(state)
 
 
-class ProgressPart(_Plain):
+class ProgressPart(PlainPart):
     """Counters of the loop: `global_step`, `epoch`, the seed."""
 
     kind = "progress"

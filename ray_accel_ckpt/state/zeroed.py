@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 from weakref import ReferenceType, ref
 
 import torch
 from torch.optim import Optimizer
 
-from ray_accel_ckpt.state.part import (
-    Captured,
-    Differences,
-    SavedPart,
-    Scope,
-    captured_tree,
-    require,
-)
+from ray_accel_ckpt.state.part import Captured, Scope, captured_tree, require
+from ray_accel_ckpt.state.parts import PlainPart
 from ray_accel_ckpt.state.sharding import local
 
 
-class ZeroedPart:
+class ZeroedPart(PlainPart):
     """Which parameters have a gradient outside any accumulation window, in a loop that
     does not drop gradients (``zero_grad(set_to_none=False)``). They come back as zeros.
 
@@ -67,17 +61,6 @@ class ZeroedPart:
         if self._kept is None and any(_any(gradient) for gradient in found.values()):
             return []
         return [name for name, gradient in found.items() if gradient.layout == torch.strided]
-
-    def compare(self, saved: SavedPart, differences: Differences) -> None:
-        del saved, differences
-
-    def targets(self, saved: SavedPart) -> Mapping[str, torch.Tensor]:
-        del saved
-        return {}
-
-    def templates(self, saved: SavedPart) -> Mapping[str, torch.Tensor]:
-        del saved
-        return {}
 
     def check(self, state: Any) -> None:
         names = isinstance(state, list) and all(type(name) is str for name in state)
