@@ -12,10 +12,13 @@ import typer
 from ray_accel_ckpt.cli import output
 from ray_accel_ckpt.cli.options import Anonymous, AsJson, Checkpoint, EndpointUrl, Region
 from ray_accel_ckpt.errors import ConfigurationError
+from ray_accel_ckpt.runtime.progress import reading
 from ray_accel_ckpt.storage.endpoint import Endpoint
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+    from ray_accel_ckpt.storage.opened import Watching
 
 
 class To(StrEnum):
@@ -33,7 +36,7 @@ class Exported:
     written: tuple[str, ...]
 
 
-def _safetensors(checkpoint: str, out: str, parts: tuple[str, ...] | None) -> tuple[str, ...]:
+def _safetensors(checkpoint: Watching, out: str, parts: tuple[str, ...] | None) -> tuple[str, ...]:
     from ray_accel_ckpt.integrations.export import export_safetensors
 
     if parts is None:
@@ -47,19 +50,19 @@ def _safetensors(checkpoint: str, out: str, parts: tuple[str, ...] | None) -> tu
     return export_safetensors(checkpoint, out, part=parts[0])
 
 
-def _torch(checkpoint: str, out: str, parts: tuple[str, ...] | None) -> tuple[str, ...]:
+def _torch(checkpoint: Watching, out: str, parts: tuple[str, ...] | None) -> tuple[str, ...]:
     from ray_accel_ckpt.integrations.export_torch import export_torch
 
     return (export_torch(checkpoint, out, parts=parts),)
 
 
-def _dcp(checkpoint: str, out: str, parts: tuple[str, ...] | None) -> tuple[str, ...]:
+def _dcp(checkpoint: Watching, out: str, parts: tuple[str, ...] | None) -> tuple[str, ...]:
     from ray_accel_ckpt.integrations.dcp import to_dcp
 
     return (to_dcp(checkpoint, out, parts=parts),)
 
 
-def _accelerate(checkpoint: str, out: str, parts: tuple[str, ...] | None) -> tuple[str, ...]:
+def _accelerate(checkpoint: Watching, out: str, parts: tuple[str, ...] | None) -> tuple[str, ...]:
     from ray_accel_ckpt.integrations.accelerate import to_accelerate
 
     if parts is not None:
@@ -71,7 +74,7 @@ def _accelerate(checkpoint: str, out: str, parts: tuple[str, ...] | None) -> tup
     return (to_accelerate(checkpoint, out),)
 
 
-_WRITERS: dict[To, Callable[[str, str, tuple[str, ...] | None], tuple[str, ...]]] = {
+_WRITERS: dict[To, Callable[[Watching, str, tuple[str, ...] | None], tuple[str, ...]]] = {
     To.SAFETENSORS: _safetensors,
     To.TORCH: _torch,
     To.DCP: _dcp,
@@ -113,9 +116,13 @@ def export(
     anonymous: Anonymous = False,
 ) -> None:
     """Write a checkpoint in a form that other tools read. Nothing is overwritten."""
+    from ray_accel_ckpt.storage.opened import Watching
+
     endpoint = Endpoint(url=endpoint_url, region=region, anonymous=anonymous)
     source, target = endpoint.complete(checkpoint, out)
-    written = _WRITERS[to](source, target, tuple(part) if part else None)
+    with reading() as watcher:
+        watched = Watching(checkpoint=source, watcher=watcher)
+        written = _WRITERS[to](watched, target, tuple(part) if part else None)
     found = Exported(to=to, written=written)
     output.emit(found, lambda: _screen(found), as_json=as_json)
 

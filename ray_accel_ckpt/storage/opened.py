@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,8 +16,8 @@ from ray_accel_ckpt.state.box import Box, copy_overlap
 from ray_accel_ckpt.state.part import SavedPart
 from ray_accel_ckpt.state.tree import TAG, Json, unflatten
 from ray_accel_ckpt.storage.catalog import ShardFetch, open_snapshot
-from ray_accel_ckpt.storage.filesystem import resolve
-from ray_accel_ckpt.storage.proving import faults_of
+from ray_accel_ckpt.storage.filesystem import Filesystem, resolve
+from ray_accel_ckpt.storage.proving import Watched, Watcher, faults_of
 
 
 class SavedCheckpoint:
@@ -85,20 +86,36 @@ def open_checkpoint(checkpoint: Any) -> SavedCheckpoint:
     return SavedCheckpoint(*open_stored(checkpoint))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Watching:
+    """A checkpoint for `open_stored`, and who hears how much of its tensors is read."""
+
+    checkpoint: Any
+    watcher: Watcher
+
+
 def open_stored(checkpoint: Any) -> tuple[Snapshot, ShardFetch]:
     """What `open_checkpoint` looks into: the manifests, and the way to the shards' bytes."""
-    # Ray's first: it has __fspath__ too, which only raises.
-    if hasattr(checkpoint, "path") and hasattr(checkpoint, "filesystem"):
-        filesystem, path = resolve(checkpoint.path, checkpoint.filesystem)
-    elif isinstance(checkpoint, (str, os.PathLike)):
-        filesystem, path = resolve(checkpoint)
-    else:
-        raise ConfigurationError(
-            f"cannot open a {type(checkpoint).__qualname__}",
-            remedy="pass a path, a URI or a ray.train.Checkpoint",
-        )
+    if isinstance(checkpoint, Watching):
+        filesystem, path = _place(checkpoint.checkpoint)
+        snapshot = open_snapshot(filesystem, path)
+        checkpoint.watcher.begins(path, sum(s.nbytes for s in snapshot.shards.values()))
+        return snapshot, ShardFetch(Watched(filesystem, checkpoint.watcher), snapshot)
+    filesystem, path = _place(checkpoint)
     snapshot = open_snapshot(filesystem, path)
     return snapshot, ShardFetch(filesystem, snapshot)
+
+
+def _place(checkpoint: Any) -> tuple[Filesystem, str]:
+    # Ray's first: it has __fspath__ too, which only raises.
+    if hasattr(checkpoint, "path") and hasattr(checkpoint, "filesystem"):
+        return resolve(checkpoint.path, checkpoint.filesystem)
+    if isinstance(checkpoint, (str, os.PathLike)):
+        return resolve(checkpoint)
+    raise ConfigurationError(
+        f"cannot open a {type(checkpoint).__qualname__}",
+        remedy="pass a path, a URI or a ray.train.Checkpoint",
+    )
 
 
 def part_of(snapshot: Snapshot, name: str, rank: int) -> SavedPart:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
 from ray_accel_ckpt.cli.export import To
+from ray_accel_ckpt.runtime import progress
 from tests.cli import runs
 from tests.cli.commands import document, refused, run, told
 from tests.helpers_image import flip
@@ -25,6 +27,25 @@ def _same(found: Any, weights: dict[str, torch.Tensor]) -> bool:
     return list(found) == list(weights) and all(
         torch.equal(t, found[n]) for n, t in weights.items()
     )
+
+
+@pytest.mark.parametrize("to", ["safetensors", "torch"])
+def test_a_bar_shows_how_much_is_read(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str
+) -> None:
+    counts = []
+
+    def bar(count: progress._Count, over: Event) -> None:
+        over.wait()
+        counts.append(count.far)
+
+    monkeypatch.setattr(progress, "_bar", bar)
+    monkeypatch.setattr(progress, "_on_terminal", lambda: True)
+    told("export", checkpoint, tmp_path / "out", "--to", to)
+    total = sum(file.stat().st_size for file in checkpoint.glob("shard-*"))
+    ((name, nbytes, read),) = [(far.name, far.nbytes, far.read) for far in counts]
+    assert (name, nbytes) == (checkpoint.name, total)
+    assert 0 < read <= total
 
 
 def test_to_safetensors(checkpoint: Path, tmp_path: Path, weights: dict[str, torch.Tensor]) -> None:
