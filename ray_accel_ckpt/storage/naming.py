@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 
-from ray_accel_ckpt.errors import CheckpointError, ConfigurationError, StorageError
+from ray_accel_ckpt.errors import CheckpointError, ConfigurationError
 from ray_accel_ckpt.image.reader import Snapshot
 from ray_accel_ckpt.storage.access import READ_TIMEOUT, listed
 from ray_accel_ckpt.storage.catalog import candidates, open_snapshot
 from ray_accel_ckpt.storage.filesystem import Claim, Filesystem
 from ray_accel_ckpt.storage.leftovers import is_ours
-from ray_accel_ckpt.storage.retry import retried
+from ray_accel_ckpt.storage.retry import making, retried
 from ray_accel_ckpt.storage.survey import Condition, condition_of
 
 logger = logging.getLogger(__name__)
@@ -81,17 +81,9 @@ class AutomaticNames:
 
     def _claim(self, path: str) -> Claim:
         what = "make a directory"
-        try:
-            return retried(
-                lambda: self._filesystem.claim(path), what=what, where=path, timeout=READ_TIMEOUT
-            )
-        except FileNotFoundError as e:
-            raise StorageError(
-                f"could not {what}",
-                where=path,
-                why=f"{type(e).__name__}: {e}",
-                remedy="make the bucket or the mount that the path begins with; neither is created",
-            ) from e
+        return making(
+            lambda: self._filesystem.claim(path), what=what, where=path, timeout=READ_TIMEOUT
+        )
 
 
 def newest_whole(filesystem: Filesystem, directory: str) -> Snapshot | None:

@@ -112,6 +112,23 @@ def retried(operation: Callable[[], T], *, what: str, where: str, timeout: float
         ) from e
 
 
+def making(operation: Callable[[], T], *, what: str, where: str, timeout: float) -> T:
+    """`retried`, for what makes something: that something above it is absent is an error.
+
+    Raises:
+        StorageError, StorageTimeoutError: naming the path, the cause and the remedy.
+    """
+    try:
+        return retried(operation, what=what, where=where, timeout=timeout)
+    except FileNotFoundError as e:
+        raise StorageError(
+            f"could not {what}",
+            where=where,
+            why=f"{type(e).__name__}: {e}",
+            remedy="make the bucket or the mount that the path begins with; neither is created",
+        ) from e
+
+
 def may_pass(error: BaseException) -> bool:
     """Whether trying again may help: time-outs, resets, throttling, 408, 429 and 5xx."""
     if isinstance(error, (FileNotFoundError, PermissionError, EOFError)):

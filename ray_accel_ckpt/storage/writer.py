@@ -14,7 +14,7 @@ from ray_accel_ckpt.image.manifest import FrozenInfo, frozen_name, manifest_name
 from ray_accel_ckpt.storage.access import listed
 from ray_accel_ckpt.storage.catalog import prove_file, read_manifest
 from ray_accel_ckpt.storage.filesystem import Filesystem
-from ray_accel_ckpt.storage.retry import retried
+from ray_accel_ckpt.storage.retry import making, retried
 
 logger = logging.getLogger(__name__)
 
@@ -167,12 +167,4 @@ def write_file(
     Raises:
         StorageError, StorageTimeoutError: naming the path, the cause and the remedy.
     """
-    try:
-        retried(lambda: filesystem.write(path, chunks()), what=what, where=path, timeout=timeout)
-    except FileNotFoundError as e:
-        raise StorageError(
-            f"could not {what}",
-            where=path,
-            why=f"{type(e).__name__}: {e}",
-            remedy="make the bucket or the mount that the path begins with; neither is created",
-        ) from e
+    making(lambda: filesystem.write(path, chunks()), what=what, where=path, timeout=timeout)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from threading import Event
 
 import pytest
 
+from ray_accel_ckpt.runtime import progress
 from tests.cli import runs
 from tests.storage.conftest import gcs, s3
 
@@ -28,3 +30,16 @@ def checkpoint(tmp_path: Path) -> Path:
     """One checkpoint of 2 workers."""
     run = tmp_path / "digits"
     return run / runs.saved(run, 20)
+
+
+@pytest.fixture
+def counts(monkeypatch: pytest.MonkeyPatch) -> list[progress._Far]:
+    """How far each bar came, in the place of the bars."""
+    found: list[progress._Far] = []
+
+    def bar(count: progress._Count, over: Event) -> None:
+        over.wait()
+        found.append(count.far)
+
+    monkeypatch.setattr(progress, "_bar", bar)
+    return found

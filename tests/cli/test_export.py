@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 import pytest
@@ -31,15 +30,12 @@ def _same(found: Any, weights: dict[str, torch.Tensor]) -> bool:
 
 @pytest.mark.parametrize("to", ["safetensors", "torch"])
 def test_a_bar_shows_how_much_is_read(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    counts: list[progress._Far],
+    to: str,
 ) -> None:
-    counts = []
-
-    def bar(count: progress._Count, over: Event) -> None:
-        over.wait()
-        counts.append(count.far)
-
-    monkeypatch.setattr(progress, "_bar", bar)
     monkeypatch.setattr(progress, "_on_terminal", lambda: True)
     told("export", checkpoint, tmp_path / "out", "--to", to)
     total = sum(file.stat().st_size for file in checkpoint.glob("shard-*"))

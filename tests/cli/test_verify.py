@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 import pytest
@@ -152,16 +151,9 @@ def test_where_nothing_is_nothing_can_be_told(tmp_path: Path) -> None:
 
 
 def test_a_bar_is_drawn_on_terminals_only(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, counts: list[progress._Far]
 ) -> None:
     """By bytes: it ends where the files do."""
-    counts = []
-
-    def bar(count: progress._Count, over: Event) -> None:
-        over.wait()
-        counts.append(count.far)
-
-    monkeypatch.setattr(progress, "_bar", bar)
     told("verify", checkpoint)
     assert counts == []
     monkeypatch.setattr(progress, "_on_terminal", lambda: True)
