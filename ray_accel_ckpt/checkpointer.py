@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -13,7 +12,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.hooks import RemovableHandle
 
-from ray_accel_ckpt.arguments import require, texts, whole_number
+from ray_accel_ckpt.arguments import texts, whole_number
 from ray_accel_ckpt.errors import ConfigurationError
 from ray_accel_ckpt.image.staging import SlotPool
 from ray_accel_ckpt.memory import MemoryTier
@@ -24,6 +23,7 @@ from ray_accel_ckpt.runtime.chronicle import Chronicle
 from ray_accel_ckpt.runtime.exchange import exchange_for
 from ray_accel_ckpt.runtime.heartbeat import Heartbeat
 from ray_accel_ckpt.runtime.lives import Lives
+from ray_accel_ckpt.runtime.options import require_options
 from ray_accel_ckpt.runtime.prepare import Preparer
 from ray_accel_ckpt.runtime.refusals import refuse_containers
 from ray_accel_ckpt.runtime.report import Metrics, require_metrics
@@ -45,7 +45,6 @@ from ray_accel_ckpt.storage.filesystem import Filesystem
 
 _NO_SEED = "pass an int, seed=42 say; without, torch.initial_seed() decides"
 _EPOCHS = "epochs(3), say; the epochs of earlier lives are among them"
-_SCALER = ("scale", "step", "update", "state_dict", "load_state_dict")
 
 
 class Checkpointer:
@@ -111,7 +110,7 @@ class Checkpointer:
     ) -> None:
         if save is not None:
             require_policy(save)
-        _require_options(project_config, scaler, storage_timeout, ddp_kwargs)
+        require_options(project_config, scaler, storage_timeout, ddp_kwargs)
         if seed is not None:
             seed = whole_number("seed", seed, least=SEEDS[0], most=SEEDS[1], remedy=_NO_SEED)
         for name, given in (("overlap", overlap), ("broadcast", broadcast)):
@@ -623,33 +622,3 @@ class Checkpointer:
         else:
             # Not Ray's latest, so not the run's result either: the end must be saved all the same.
             self._saved_at = None
-
-
-def _require_options(project: Any, scaler: Any, timeout: Any, ddp_kwargs: Any) -> None:
-    """What cannot be used as it is given to a `Checkpointer`, whatever is made of it."""
-    require(
-        project is None or isinstance(project, ProjectConfiguration),
-        *("project_config", project),
-        expected="a ray_accel_ckpt.ProjectConfiguration or None",
-        remedy="ProjectConfiguration('runs/a', automatic_checkpoint_naming=True), say",
-    )
-    able = all(callable(getattr(scaler, method, None)) for method in _SCALER)
-    require(
-        scaler is None or (able and not isinstance(scaler, type)),
-        *("scaler", scaler),
-        expected="a torch.amp.GradScaler or None",
-        remedy="scaler=torch.amp.GradScaler('cuda'), say",
-    )
-    seconds = isinstance(timeout, numbers.Real) and not isinstance(timeout, bool)
-    require(
-        seconds and timeout > 0,
-        *("storage_timeout", timeout),
-        expected="positive seconds",
-        remedy="leave it out for 600",
-    )
-    require(
-        ddp_kwargs is None or isinstance(ddp_kwargs, Mapping),
-        *("ddp_kwargs", ddp_kwargs),
-        expected="a dict or None",
-        remedy="ddp_kwargs={'find_unused_parameters': True}, say",
-    )
