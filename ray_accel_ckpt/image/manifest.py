@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from functools import cached_property
 from itertools import pairwise
 from typing import Annotated, Any, Final, Literal
 
@@ -63,7 +64,7 @@ class SliceInfo(_Strict):
     end: Count
     blocks: Annotated[list[Digest], FailFast()]
 
-    @property
+    @cached_property
     def box(self) -> Box:
         return Box(start=tuple(self.offsets), size=tuple(self.sizes))
 

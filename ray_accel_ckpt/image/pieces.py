@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -35,7 +36,7 @@ class Piece:
         first = common.start[0] - info.offsets[0]
         return cls(info=info, first=first, stop=first + common.size[0])
 
-    @property
+    @cached_property
     def box(self) -> Box:
         """Their place in the whole tensor."""
         return self.info.box.between(self.first, self.stop)

@@ -33,6 +33,8 @@ class Dealer:
     ) -> None:
         self._group, self._wanted, self._readers = group, wanted, readers
         self._staged, self._tensors = staged, tensors
+        # Kept from chunk to chunk: fresh memory takes longer than the bytes that come in it.
+        self._buffer = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def deal(self, *, live: bool) -> None:
         """Fill the fresh tensors, or those of live objects, from the slots of all ranks."""
@@ -48,7 +50,9 @@ class Dealer:
     def _deal_chunk(self, chunk: list[Piece], source: int, held: Staged | None) -> None:
         group, tensors = self._group, self._tensors
         nbytes = sum(padded(p.nbytes) for p in chunk)
-        buffer = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+        if self._buffer.numel() < nbytes:
+            self._buffer = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+        buffer = self._buffer[:nbytes]
         views = []
         at = 0
         for piece in chunk:

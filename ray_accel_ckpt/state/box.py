@@ -41,7 +41,7 @@ class Box:
 
     def between(self, first: int, stop: int) -> Box:
         """Rows [first, stop), counted from the box's own first row."""
-        if not self.size:
+        if not self.size or (first, stop) == (0, self.size[0]):
             return self
         return Box(
             start=(self.start[0] + first, *self.start[1:]), size=(stop - first, *self.size[1:])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from itertools import islice
 
 import pytest
 import torch
@@ -58,7 +59,8 @@ def test_loading_falls_back_whatever_byte_is_damaged(
 ) -> None:
     into, old = Small(9), Small(OLD).bits()
     for name, data in _files(two, NEWEST).items():
-        for damaged in _damages(data):
+        # That each one is found, the next two tests show. An odd number: the bits take turns.
+        for damaged in islice(_damages(data), 0, None, 5):
             two.files[name] = damaged
             caplog.clear()
             restored = newest(two, into)
