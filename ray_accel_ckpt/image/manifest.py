@@ -152,7 +152,7 @@ def encode(manifest: Manifest) -> bytes:
     Raises:
         UnsupportedStateError: it would be too long to be read again.
     """
-    content = dict(vars(manifest))
+    content = _members(manifest)
     if manifest.version == 2:
         del content["frozen"]
     # Not by pydantic's own dump, which looks at each value of all parts.
@@ -172,7 +172,8 @@ def encode(manifest: Manifest) -> bytes:
 def _members(model: object) -> dict[str, Any]:
     if not isinstance(model, _Strict):
         raise TypeError(f"a manifest cannot hold a {type(model).__qualname__}")
-    return vars(model)
+    # Not what a cached property has left beside them.
+    return {name: vars(model)[name] for name in type(model).model_fields}
 
 
 def decode(data: bytes, where: str) -> Manifest:

@@ -62,6 +62,14 @@ def test_what_is_encoded_is_decoded() -> None:
     assert decode(encode(manifest), "there") == manifest
 
 
+def test_what_was_asked_of_it_before_changes_no_byte() -> None:
+    """As of a frozen file's slices, which later manifests state again."""
+    manifest = _manifest()
+    data = encode(manifest)
+    assert all(piece.box.size == tuple(piece.sizes) for piece in manifest.slices)
+    assert encode(manifest) == data
+
+
 def test_encoding_gives_one_line_of_ascii() -> None:
     data = encode(_manifest({"ключ": "значение", "new\nline": 1}))
     assert data.isascii()
