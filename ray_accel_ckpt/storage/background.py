@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import concurrent.futures.thread  # noqa: F401 - so that it asks to be called before us
 import logging
 import threading
 import weakref
@@ -117,6 +118,12 @@ def _await_all() -> None:
     for jobs, thread in list(_RUNNING.items()):
         jobs.put(None)
         thread.join()
+
+
+# And before: those who ask last come first. By the time of `atexit`, thread pools, which storage
+# needs for new connections, take no work any more, and forked children of multiprocessing have
+# ended without it.
+threading._register_atexit(_await_all)  # type: ignore[attr-defined]
 
 
 def _line(error: BaseException) -> str:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import errno
 import logging
+import multiprocessing
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
+from typing import Any
 
 import pytest
 
@@ -17,7 +21,7 @@ from ray_accel_ckpt.errors import StorageError
 from ray_accel_ckpt.storage import background
 from ray_accel_ckpt.storage.background import BackgroundWriter
 from ray_accel_ckpt.storage.fakes import Fault, FaultyFilesystem, MemoryFilesystem
-from ray_accel_ckpt.storage.filesystem import Filesystem
+from ray_accel_ckpt.storage.filesystem import Filesystem, LocalFilesystem
 from tests.helpers_image import opened, small_image
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -40,11 +44,11 @@ def _submit(
     filesystem: Filesystem,
     *numbers: int,
     release: Callable[[], None] = lambda: None,
+    parent: str = "run",
 ) -> None:
     for number in numbers:
-        writer.submit(
-            filesystem, f"run/{number}", small_image(number), release=release, after=lambda: None
-        )
+        place = f"{parent}/{number}"
+        writer.submit(filesystem, place, small_image(number), release=release, after=lambda: None)
 
 
 def _full_at(memory: MemoryFilesystem, *numbers: int) -> Filesystem:
@@ -172,3 +176,37 @@ ckpt.step()
     )
     place = tmp_path / "checkpoints" / "checkpoint_0"
     assert f"while saving to {place}: StorageError" in ended.stderr.partition("the end")[0]
+
+
+def _written_when_the_script_is_over(path: Path) -> None:
+    """Saves to storage that is slow, and needs a pool of threads, and waits for nothing."""
+    write = LocalFilesystem.write
+
+    def pooled(filesystem: LocalFilesystem, *args: Any) -> None:
+        time.sleep(1)
+        with ThreadPoolExecutor() as pool:
+            pool.submit(write, filesystem, *args).result()
+
+    LocalFilesystem.write = pooled  # type: ignore[method-assign]
+    _submit(BackgroundWriter(timeout=1.0), LocalFilesystem(), 1, parent=str(path))
+
+
+def test_at_the_end_of_the_process_storage_has_its_threads_yet(tmp_path: Path) -> None:
+    script = """
+import pathlib, sys
+from tests.storage import test_background
+test_background._written_when_the_script_is_over(pathlib.Path(sys.argv[1]))
+"""
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
+    opened(LocalFilesystem(), f"{tmp_path}/1").verify()
+
+
+def test_a_child_process_waits_for_what_it_saves(tmp_path: Path) -> None:
+    """One of this kind calls nothing that is registered with `atexit`."""
+    child = multiprocessing.get_context("forkserver").Process(
+        target=_written_when_the_script_is_over, args=(tmp_path,)
+    )
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+    opened(LocalFilesystem(), f"{tmp_path}/1").verify()
