@@ -543,7 +543,13 @@ class Checkpointer:
             self._chronicle.loaded(restored, seconds=time.perf_counter() - begin)
         if restored is not None and only is None:
             self._resumer.settle(restored, filesystem)
-            self._resumed(restored.path, registered.latest)
+            self.resumed_from = restored.path
+        if restored is not None:
+            ray = self._session.run is not None
+            newest = restored.name == registered.latest if ray else input_dir is None
+            # Of a part, or not from what the run's result is as yet: the end must be saved too.
+            saved = only is None and newest
+            self._saved_at = (self._global_step, self._epoch) if saved else None
         return restored is not None
 
     def flush(self) -> None:
@@ -614,11 +620,3 @@ class Checkpointer:
         if self._session.memory is not None:
             in_memory = restored is not None and restored.kept
             self._session.memory.begin(restored.name if restored and in_memory else None)
-
-    def _resumed(self, path: str, registered: str | None) -> None:
-        self.resumed_from = path
-        if self._session.run is None or path.rpartition("/")[2] == registered:
-            self._saved_at = (self._global_step, self._epoch)
-        else:
-            # Not Ray's latest, so not the run's result either: the end must be saved all the same.
-            self._saved_at = None

@@ -44,6 +44,49 @@ def test_an_end_that_a_step_has_saved_is_not_saved_again(tmp_path: Path) -> None
     assert len(checkpoints(tmp_path)) == 2
 
 
+def _model(ckpt: Checkpointer) -> torch.nn.Linear:
+    model: torch.nn.Linear = ckpt.prepare(torch.nn.Linear(1, 1))
+    return model
+
+
+def _saved_twice(directory: Path) -> tuple[str, str]:
+    """One after the other, with other weights."""
+    ckpt = checkpointer(directory, every=100)
+    model = _model(ckpt)
+    ckpt.step()
+    first = ckpt.save_state()
+    with torch.no_grad():
+        model.weight += 1
+    ckpt.step()
+    return first, ckpt.save_state()
+
+
+def test_an_end_with_weights_of_before_is_saved(tmp_path: Path) -> None:
+    """The best ones, say: the position is that of the last save, the state is not."""
+    best, _ = _saved_twice(tmp_path)
+    ckpt = checkpointer(tmp_path, every=100)
+    model = _model(ckpt)
+    ckpt.load_state()
+    ckpt.load_state(best, parts=("model",))
+    ckpt.finish()
+    again = checkpointer(tmp_path)
+    resumed = _model(again)
+    again.load_state()
+    assert again.global_step == 2
+    assert torch.equal(resumed.weight, model.weight)
+
+
+@pytest.mark.parametrize("place", ["project", "another"])
+def test_an_end_that_was_loaded_by_its_path_is_saved(tmp_path: Path, place: str) -> None:
+    """It is not what the project would be resumed from."""
+    first, _ = _saved_twice(tmp_path / "project")
+    ckpt = checkpointer(tmp_path / place, every=100)
+    _model(ckpt)
+    ckpt.load_state(first)
+    ckpt.finish()
+    assert _resumed_at(tmp_path / place) == 1
+
+
 def _no_space(*args: object, **options: object) -> None:
     raise StorageError("no space", why=str(OSError(errno.ENOSPC, "No space left on device")))
 
