@@ -71,6 +71,7 @@ class Session:
         self.timeout = timeout
         self.writer = BackgroundWriter(timeout=timeout)
         self.attempt = ""
+        self._workers = 0
         self.seed = 0
         self._given_seed = seed
         self.plan_checked = False
@@ -108,8 +109,13 @@ class Session:
             )
 
     def agree(self) -> None:
-        """Take rank 0's attempt and seed. Collective the first time, nothing after that."""
+        """Take rank 0's attempt and seed. Collective the first time, nothing after that.
+
+        Raises:
+            ConfigurationError: the peers cannot be heard, or are others than the first time.
+        """
         if self.attempt:
+            self._require_same_group()
             return
         if self.run is not None and ray_world_size() != self.group.world_size:
             raise ConfigurationError(
@@ -119,11 +125,24 @@ class Session:
                 remedy="use TorchTrainer, which sets one up before the loop begins",
             )
         _require_group_of_torchrun(self.group)
+        self._workers = self.group.world_size
         seed = torch.initial_seed() if self._given_seed is None else self._given_seed
         self.attempt, self.seed = self.group.from_rank_zero([secrets.token_hex(3), seed])
         _ATTEMPTS.add(self.attempt)
         if self.memory is not None:
             self.memory.open(self.attempt)
+
+    def _require_same_group(self) -> None:
+        """What peers save who have not agreed with each other is no checkpoint of all."""
+        if self.group.world_size == self._workers:
+            return
+        raise ConfigurationError(
+            f"there were {self._workers} workers, and now there are {self.group.world_size}",
+            why="the process group was set up after this Checkpointer's first prepare() or "
+            "load_state(), or destroyed since: workers would save as if each were alone",
+            remedy="call torch.distributed.init_process_group() before, and "
+            "destroy_process_group() after the last save",
+        )
 
     def agreed(self, work: Callable[[], T]) -> T:
         """What `work`, which saves, returns; its failure on one rank is that of all.

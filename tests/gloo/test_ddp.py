@@ -21,7 +21,7 @@ from ray_accel_ckpt.image import copies
 from ray_accel_ckpt.runtime import session
 from ray_accel_ckpt.storage import background
 from ray_accel_ckpt.storage.filesystem import Claim, Entry, LocalFilesystem
-from tests.gloo.workers import spawn, write
+from tests.gloo.workers import form, spawn, write
 from tests.training import train
 
 
@@ -86,6 +86,29 @@ def _uneven_models(rank: int, world_size: int, directory: Path) -> None:
 
 def test_workers_with_different_models_are_refused_at_the_first_save(tmp_path: Path) -> None:
     spawn(_uneven_models, 2, tmp_path)
+
+
+def _changing_group(rank: int, world_size: int, directory: Path) -> None:
+    joined = _checkpointer(directory, 1)
+    joined.prepare(nn.Linear(1, 1))
+    dist.barrier()
+    dist.destroy_process_group()
+    early = _checkpointer(directory, 1)
+    early.prepare(nn.Linear(1, 1))
+    with pytest.raises(errors.ConfigurationError, match="were 2 workers, and now there are 1"):
+        joined.step()
+    form(rank, world_size, directory / "store")
+    with pytest.raises(errors.ConfigurationError, match="were 1 workers, and now there are 2"):
+        early.save_state()
+    assert not (directory / "project/checkpoints").exists()
+    # Where the peers are those that it knows, it goes on.
+    joined.save_state()
+
+
+def test_workers_that_join_late_or_part_early_are_refused(tmp_path: Path) -> None:
+    """Each would save as if it were alone, and nothing would be a checkpoint of all."""
+    spawn(_changing_group, 2, tmp_path)
+    open_checkpoint(tmp_path / "project/checkpoints/checkpoint_0").verify()
 
 
 class _OwnDisk(LocalFilesystem):
