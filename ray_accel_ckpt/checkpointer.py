@@ -141,7 +141,7 @@ class Checkpointer:
             noticed=self._chronicle.noticed,
         )
         self._epoch = 0
-        self._in_epochs = False
+        self._in_epochs = self._gone_back = False
         self._saved_at: tuple[int, int] | None = None
         self._last_metrics: Metrics = None
         self._hooks = Hooks()
@@ -339,6 +339,9 @@ class Checkpointer:
         After the last one the end is saved, if saves are on, so that the run's
         latest checkpoint is its result and a finished run started again ends at once.
 
+        After a `load_state` inside of an epoch, passes under way end at their next batch, and
+        the epoch comes next that was under way in what was loaded.
+
         Raises:
             ConfigurationError: what is no number of epochs.
         """
@@ -348,8 +351,11 @@ class Checkpointer:
         self._in_epochs = True
         while self._epoch < num_epochs:
             self._watch.begin()
+            self._gone_back = False
             yield self._epoch
-            self._epoch += 1
+            # Where a load has gone to is still to come, unless its pass was gone through since.
+            if not self._gone_back or self._watch.done():
+                self._epoch += 1
         # An epoch of its own, without data: what is saved now belongs to the end.
         self._watch.begin()
         self.finish()
@@ -581,6 +587,7 @@ class Checkpointer:
     def _set_progress(self, *, global_step: int, epoch: int, seed: int) -> None:
         self._global_step, self._epoch = global_step, epoch
         self._session.seed = seed
+        self._gone_back = True
 
     def _sink(self, output_dir: str | os.PathLike[str] | None = None) -> Sink | None:
         self._session.agree()

@@ -85,7 +85,7 @@ class PreparedLoader:
         self.name = name
         self.cursor = Cursor(seed=seed)
         self.loss_weight, self.padding = 1.0, False
-        self.began = self.handed_out = self.over = self._passes = 0
+        self.began = self.handed_out = self.over = self._passes = self._loads = 0
         self.left = False
         self._loader = loader
         self._device = device
@@ -144,6 +144,7 @@ class PreparedLoader:
         return self._batches(self._passes)
 
     def _batches(self, this: int) -> Iterator[Any]:
+        loads = self._loads
         try:
             if not self.cursor.spent:
                 for served in self._source.batches(self.cursor):
@@ -151,6 +152,9 @@ class PreparedLoader:
                     self.loss_weight, self.padding = served.weight, served.padding
                     self.handed_out = next_tick()
                     yield _moved(served.batch, self._device)
+                    if self._loads != loads:
+                        # The position is another one by now, which the next pass goes on from.
+                        return
         except GeneratorExit:
             self._end(this)
             # Whether by an exception cannot be seen in here: see `EpochWatch.as_left`.
@@ -206,6 +210,7 @@ class PreparedLoader:
         self.began = self.handed_out = self.over = 0
         self.left = False
         self._passes += 1
+        self._loads += 1
         self._source.apply(state)
 
     def dealt_anew(self, saved: Sequence[Json]) -> SavedPart:

@@ -334,3 +334,39 @@ def test_after_the_handler_and_in_that_of_an_error_before_it_a_left_pass_is_over
         loader = loaders(again)[0]
         assert again.load_state()
         assert (again.epoch, len(list(loader))) == (1, 4)
+
+
+@pytest.mark.parametrize("where", ["in the pass", "after it"])
+@pytest.mark.parametrize("saved", ["in the pass", "after it"])
+def test_a_loop_that_goes_back_makes_all_that_came_after(
+    tmp_path: Path, saved: str, where: str
+) -> None:
+    """As a run that is started again from there would: no epoch and no batch is left out."""
+    ckpt = checkpointer(tmp_path, every=100)
+    loader = ckpt.prepare(DataLoader(Plain(4), batch_size=1, shuffle=True))
+    seen: dict[int, list[tuple[int, list[int]]]] = {0: [], 1: []}
+    paths: list[str] = []
+    lives = 0
+
+    def go_back(now: str) -> None:
+        nonlocal lives
+        if now == where and ckpt.epoch >= 2 and not lives:
+            lives = 1
+            ckpt.load_state(paths[0])
+
+    for epoch in ckpt.epochs(4):
+        for number, batch in enumerate(loader):
+            seen[lives].append((epoch, batch.tolist()))
+            ckpt.step()
+            if saved == "in the pass" and (epoch, number) == (1, 1) and not paths:
+                paths.append(ckpt.save_state())
+            if number == 2:
+                go_back("in the pass")
+        if saved == "after it" and epoch == 1 and not paths:
+            paths.append(ckpt.save_state())
+        go_back("after it")
+    before = 6 if saved == "in the pass" else 8
+    assert [epoch for epoch, _ in seen[1]] == [*[1] * (8 - before), *[2] * 4, *[3] * 4]
+    again = seen[0][before:]
+    assert seen[1][: len(again)] == again
+    assert ckpt.global_step == 16
