@@ -220,6 +220,7 @@ class ArrowFilesystem:
                 done += len(data)
 
     def list(self, path: str) -> list[Entry]:
+        _forget_listings(self.filesystem, path)
         # pyarrow's GCS client does not tell of directories that only their files make.
         deep = self.filesystem.type_name == "gcs"
         selector = pafs.FileSelector(path, allow_not_found=True, recursive=deep)
@@ -234,6 +235,7 @@ class ArrowFilesystem:
         return [found[name] for name in sorted(found)]
 
     def delete(self, path: str) -> None:
+        _forget_listings(self.filesystem, path)
         info = self.filesystem.get_file_info(path)
         try:
             if info.type == pafs.FileType.Directory:
@@ -300,6 +302,17 @@ def _is_local(filesystem: pafs.FileSystem) -> bool:
     handler = getattr(filesystem, "handler", None)
     by_fsspec = isinstance(handler, pafs.FSSpecHandler) and isinstance(handler.fs, LocalFileSystem)
     return by_fsspec or isinstance(filesystem, pafs.LocalFileSystem)
+
+
+def _forget_listings(filesystem: pafs.FileSystem, path: str) -> None:
+    """Have a directory, and those above it, be asked for anew.
+
+    fsspec's clients of object stores keep listings until they write there themselves. What other
+    ranks have written would stay unseen, and a checkpoint that is whole pass for one that is not.
+    """
+    handler = getattr(filesystem, "handler", None)
+    if isinstance(handler, pafs.FSSpecHandler):
+        handler.fs.invalidate_cache(path)
 
 
 def _through_fsspec(uri: str, scheme: str) -> tuple[pafs.FileSystem, str]:

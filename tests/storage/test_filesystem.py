@@ -13,6 +13,7 @@ import fsspec
 import gcsfs
 import pyarrow.fs as pafs
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from ray_accel_ckpt.errors import ConfigurationError
 from ray_accel_ckpt.storage.fakes import FaultyFilesystem, MemoryFilesystem, RecordingFilesystem
@@ -199,6 +200,47 @@ def test_what_is_written_is_listed_at_once(place: Place) -> None:
     for n in range(3):
         assert [e.name for e in filesystem.list(root)] == [f"f{m}" for m in range(n)]
         filesystem.write(f"{root}/f{n}", [b"x"])
+
+
+class _Remembering(MemoryFileSystem):
+    """Keeps listings until it is told to forget them, as clients of object stores do."""
+
+    cachable = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._listings: dict[str, Any] = {}
+
+    def find(self, path: str, *args: Any, **kwargs: Any) -> Any:
+        if path not in self._listings:
+            self._listings[path] = super().find(path, *args, **kwargs)
+        return self._listings[path]
+
+    def invalidate_cache(self, path: str | None = None) -> None:
+        self._listings.pop(str(path), None)
+
+
+def test_what_another_has_written_is_listed_though_it_was_listed_before() -> None:
+    ours, theirs = (ArrowFilesystem(to_arrow(_Remembering())) for _ in range(2))
+    run = f"/{secrets.token_hex(4)}"
+    ours.write(f"{run}/mine", [b"12"])
+    assert [entry.name for entry in ours.list(run)] == ["mine"]
+    theirs.write(f"{run}/theirs", [b"34"])
+    assert [entry.name for entry in ours.list(run)] == ["mine", "theirs"]
+
+
+def test_what_another_has_written_is_deleted_though_it_was_listed_before(gcs: str) -> None:
+    del gcs  # the server they ask
+    clients = (
+        gcsfs.GCSFileSystem(project="p", skip_instance_cache=True, **ANONYMOUS) for _ in range(2)
+    )
+    ours, theirs = (ArrowFilesystem(to_arrow(client)) for client in clients)
+    run = f"{BUCKET}/{secrets.token_hex(4)}"
+    ours.write(f"{run}/mine", [b"12"])
+    assert [entry.name for entry in ours.list(run)] == ["mine"]
+    theirs.write(f"{run}/theirs", [b"34"])
+    ours.delete(f"{run}/theirs")
+    assert [entry.name for entry in theirs.list(run)] == ["mine"]
 
 
 def test_a_deleted_file_is_gone(place: Place) -> None:
