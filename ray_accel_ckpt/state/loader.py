@@ -11,6 +11,7 @@ import torch
 from torch.utils import _pytree
 from torch.utils.data import DataLoader, IterableDataset
 
+from ray_accel_ckpt.errors import ConfigurationError
 from ray_accel_ckpt.state.cursor import Cursor
 from ray_accel_ckpt.state.indexed import IndexedSource
 from ray_accel_ckpt.state.part import (
@@ -85,7 +86,7 @@ class PreparedLoader:
         self.name = name
         self.cursor = Cursor(seed=seed)
         self.loss_weight, self.padding = 1.0, False
-        self.began = self.handed_out = self.over = self._passes = self._loads = 0
+        self.began = self.handed_out = self.over = self._passes = self._loaded_at = 0
         self.left = False
         self._loader = loader
         self._device = device
@@ -144,17 +145,15 @@ class PreparedLoader:
         return self._batches(self._passes)
 
     def _batches(self, this: int) -> Iterator[Any]:
-        loads = self._loads
         try:
-            if not self.cursor.spent:
+            if self._goes_on(this) and not self.cursor.spent:
                 for served in self._source.batches(self.cursor):
                     self.cursor.consumed = served.consumed
                     self.loss_weight, self.padding = served.weight, served.padding
                     self.handed_out = next_tick()
                     yield _moved(served.batch, self._device)
-                    if self._loads != loads:
-                        # The position is another one by now, which the next pass goes on from.
-                        return
+                    if not self._goes_on(this):
+                        break
         except GeneratorExit:
             self._end(this)
             # Whether by an exception cannot be seen in here: see `EpochWatch.as_left`.
@@ -168,6 +167,25 @@ class PreparedLoader:
         if this == self._passes:
             self.cursor.spent, self.cursor.ended = False, True
             self.over = next_tick()
+
+    def _goes_on(self, this: int) -> bool:
+        """Whether a pass has more to serve: after a load the next one goes on from its position.
+
+        Raises:
+            ConfigurationError: a loader stands at one place, and another pass has moved it.
+        """
+        if this < self._loaded_at:
+            return False
+        if this != self._passes:
+            raise ConfigurationError(
+                f"a pass over loader {self.name!r} is gone on with after another has begun",
+                why="iter() was called on the loader while this pass was under way; which samples "
+                "it had handed out is no longer known",
+                remedy="prepare a second DataLoader of the same dataset for what looks at batches "
+                "beside the loop (next(iter(loader)), zip(loader, loader), an evaluation on the "
+                "training data)",
+            )
+        return True
 
     # --- as a part of the bundle -------------------------------------------------------
 
@@ -210,7 +228,7 @@ class PreparedLoader:
         self.began = self.handed_out = self.over = 0
         self.left = False
         self._passes += 1
-        self._loads += 1
+        self._loaded_at = self._passes
         self._source.apply(state)
 
     def dealt_anew(self, saved: Sequence[Json]) -> SavedPart:

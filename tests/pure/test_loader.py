@@ -259,6 +259,20 @@ def test_loader_workers_that_do_not_keep_the_order_are_refused(data: Any) -> Non
     assert len(list(prepared(DataLoader(data(), batch_size=2, in_order=False)))) == 11
 
 
+@pytest.mark.parametrize("loader_workers", [0, 1])
+@pytest.mark.parametrize("data", [Plain, Stream])
+def test_a_pass_is_not_gone_on_with_after_another_has_begun(data: Any, loader_workers: int) -> None:
+    loader = prepared(DataLoader(data(), batch_size=4, num_workers=loader_workers))
+    outer = iter(loader)
+    first = next(outer)
+    assert next(iter(loader)).tolist() == first.tolist()
+    with pytest.raises(errors.ConfigurationError, match="after another has begun"):
+        next(outer)
+    with pytest.raises(errors.ConfigurationError, match="after another has begun"):
+        next(zip(loader, loader, strict=True))
+    assert flat(loader) == list(range(22))
+
+
 # --- passes ----------------------------------------------------------------------------
 
 
