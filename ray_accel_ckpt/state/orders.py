@@ -220,13 +220,16 @@ def order_of(loader: DataLoader[Any]) -> Order:
     # A BatchSampler that the user made holds the sampler; the loader's own is a stand-in.
     batches = loader.batch_sampler
     sampler: Any = batches.sampler if isinstance(batches, BatchSampler) else loader.sampler
-    size = len(loader.dataset)  # type: ignore[arg-type]
-    if type(sampler) is SequentialSampler and len(sampler) == size:
-        return Sequential(size)
-    if type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == size:
-        return Shuffled(size)
-    if type(sampler) is DistributedSampler:
-        return Shuffled(size) if sampler.shuffle else Sequential(size)
+    kind = type(sampler)
+    if kind in (SequentialSampler, RandomSampler, DistributedSampler):
+        # Under a sampler of the user's the data need not have a length: torch asks for none.
+        size = len(loader.dataset)  # type: ignore[arg-type]
+        if kind is DistributedSampler:
+            return Shuffled(size) if sampler.shuffle else Sequential(size)
+        if kind is SequentialSampler and len(sampler) == size:
+            return Sequential(size)
+        if kind is RandomSampler and not sampler.replacement and sampler.num_samples == size:
+            return Shuffled(size)
     _refuse_split(sampler)
     return FromSampler(sampler)
 

@@ -270,6 +270,24 @@ def test_an_index_of_any_form_reaches_the_dataset(workers: int) -> None:
     assert [*prepared(tuples)] == [pairs[:3], pairs[3:]]
 
 
+class WithoutLength(Dataset[int]):
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_data_of_which_only_the_sampler_knows_how_much_there_is(workers: int) -> None:
+    def make() -> DataLoader[Any]:
+        sampler = [5, 3, 8, 1, 2]
+        return DataLoader(WithoutLength(), sampler=sampler, batch_size=2, num_workers=workers)
+
+    loader = prepared(make())
+    assert len(loader) == 3
+    kept = iter(loader)
+    assert next(kept).tolist() == [5, 3]
+    assert flat(moved_on(loader, make)) == [8, 1, 2]
+
+
 def test_a_map_style_stateful_loader_is_prepared_like_any_other() -> None:
     def make() -> Any:
         return StatefulDataLoader(Plain(), batch_size=4, shuffle=True)
