@@ -15,7 +15,7 @@ from ray_accel_ckpt.state.dealing import Dealer, GlobalDealer, UnitDealer, own_b
 from ray_accel_ckpt.state.orders import order_of
 from ray_accel_ckpt.state.part import Differences
 from ray_accel_ckpt.state.rng import derived_seed
-from ray_accel_ckpt.state.seeding import SeededDataset, identity
+from ray_accel_ckpt.state.seeding import InWorker, SeededDataset, identity
 from ray_accel_ckpt.state.source import Served, require_in_order
 from ray_accel_ckpt.state.tree import Json
 
@@ -235,7 +235,7 @@ def _rebuilt(loader: DataLoader[Any], seed: int) -> DataLoader[Any]:
         **options,
         collate_fn=identity,
         generator=torch.Generator(),
-        **worker_options(loader),
+        **{**worker_options(loader), "worker_init_fn": InWorker(loader.worker_init_fn)},
     )
 
 

@@ -12,7 +12,7 @@ import contextlib
 from collections.abc import Callable
 from typing import Any
 
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from ray_accel_ckpt.state.rng import derived_seed, seed_host, untouched
 
@@ -64,6 +64,23 @@ class SeededDataset(Dataset[Any]):
 
     def _scope(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self._in_worker else untouched()
+
+
+class InWorker:
+    """The inner loader's `worker_init_fn`: the user's, which may look at the data it is for.
+
+    What it or the dataset asks ``get_worker_info().dataset`` for is the user's own object.
+    """
+
+    def __init__(self, init: Callable[[int], Any] | None) -> None:
+        self._init = init
+
+    def __call__(self, worker: int) -> None:
+        info: Any = get_worker_info()
+        # Past what keeps it from being changed by mistake.
+        object.__setattr__(info, "dataset", info.dataset.dataset)
+        if self._init is not None:
+            self._init(worker)
 
 
 def identity(batch: Any) -> Any:

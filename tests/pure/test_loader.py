@@ -18,6 +18,7 @@ from torch.utils.data import (
     Sampler,
     WeightedRandomSampler,
     default_collate,
+    get_worker_info,
 )
 from transformers import BatchEncoding
 
@@ -257,6 +258,38 @@ def test_loader_workers_that_do_not_keep_the_order_are_refused(data: Any) -> Non
     with pytest.raises(errors.ConfigurationError, match="in_order=False"):
         prepared(DataLoader(data(), batch_size=2, num_workers=2, in_order=False))
     assert len(list(prepared(DataLoader(data(), batch_size=2, in_order=False)))) == 11
+
+
+class OpenedInWorker(Dataset[int]):
+    """Data whose files each loader worker opens for itself."""
+
+    path, opened = 100, -1
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> int:
+        info: Any = get_worker_info()
+        return index + info.dataset.opened
+
+
+def open_it(worker: int) -> None:
+    info: Any = get_worker_info()
+    info.dataset.opened = info.dataset.path
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_a_loader_worker_knows_the_dataset_it_has(context: str) -> None:
+    loader = prepared(
+        DataLoader(
+            OpenedInWorker(),
+            batch_size=4,
+            num_workers=1,
+            worker_init_fn=open_it,
+            multiprocessing_context=context,
+        )
+    )
+    assert flat(loader) == list(range(100, 108))
 
 
 @pytest.mark.parametrize("loader_workers", [0, 1])
