@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from ray_accel_ckpt.state.indexed import worker_options
+from ray_accel_ckpt.state.source import iterates_itself
 
 
 class Entrance(Protocol):
@@ -130,6 +131,11 @@ def entrance_of(loader: DataLoader[Any], generator: torch.Generator) -> Entrance
             loader,
             "an iterable dataset cannot be entered in the middle unless it has state_dict() and "
             "load_state_dict()",
+        )
+    if iterates_itself(loader):
+        return FromTheFront(
+            loader,
+            f"a {type(loader).__qualname__} has an __iter__ of its own, and begins it at the front",
         )
     if loader.num_workers == 0:
         return ByDataset(loader, generator)

@@ -16,7 +16,7 @@ from ray_accel_ckpt.state.orders import order_of
 from ray_accel_ckpt.state.part import Differences
 from ray_accel_ckpt.state.rng import derived_seed
 from ray_accel_ckpt.state.seeding import InWorker, SeededDataset, identity
-from ray_accel_ckpt.state.source import Served, require_in_order
+from ray_accel_ckpt.state.source import Served, require_in_order, require_plain
 from ray_accel_ckpt.state.tree import Json
 
 logger = logging.getLogger(__name__)
@@ -32,8 +32,8 @@ class IndexedSource:
         dealer: deals the order out instead, for so many workers.
 
     Raises:
-        ConfigurationError: the dataset has fewer samples than there are workers, or
-            loader workers do not keep the order.
+        ConfigurationError: the dataset has fewer samples than there are workers,
+            loader workers do not keep the order, or the loader has an `__iter__` of its own.
     """
 
     per_rank = False
@@ -50,6 +50,7 @@ class IndexedSource:
         dealer: Dealer | None = None,
     ) -> None:
         require_in_order(loader, name)
+        require_plain(loader, name)
         self._loader = loader
         self._name = name
         self._order = order_of(loader)

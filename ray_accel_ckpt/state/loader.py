@@ -65,8 +65,8 @@ class PreparedLoader:
 
     Raises:
         ConfigurationError: if the dataset has fewer samples than there are
-            workers, the sampler deals out to ranks itself, or loader workers do
-            not keep the order.
+            workers, the sampler deals out to ranks itself, loader workers do not
+            keep the order, or the loader has an `__iter__` of its own.
     """
 
     kind = "loader"

@@ -90,3 +90,20 @@ def require_in_order(loader: DataLoader[Any], name: str) -> None:
             "position does not say which samples there were: some would come twice, some never",
             remedy="leave in_order out; a larger prefetch_factor evens out slow samples too",
         )
+
+
+def iterates_itself(loader: DataLoader[Any]) -> bool:
+    """Whether its batches come out of an `__iter__` that is neither torch's nor torchdata's."""
+    maker = next(kind for kind in type(loader).__mro__ if "__iter__" in vars(kind))
+    return maker.__module__.partition(".")[0] not in ("torch", "torchdata")
+
+
+def require_plain(loader: DataLoader[Any], name: str) -> None:
+    """Raise `ConfigurationError` if a loader made anew of its dataset would serve other batches."""
+    if iterates_itself(loader):
+        raise ConfigurationError(
+            f"loader {name!r} is a {type(loader).__qualname__} with an __iter__ of its own",
+            why="prepared loaders read the dataset by index themselves, and what that makes of "
+            "the batches, or how many it serves, would be lost without a word",
+            remedy="do it in collate_fn, in the dataset or in the loop, and prepare a DataLoader",
+        )

@@ -260,6 +260,37 @@ def test_loader_workers_that_do_not_keep_the_order_are_refused(data: Any) -> Non
     assert len(list(prepared(DataLoader(data(), batch_size=2, in_order=False)))) == 11
 
 
+class Resumable(Stream):
+    """Knows where it stands."""
+
+    def state_dict(self) -> dict[str, int]:
+        return {"read": self.read}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.read = state["read"]
+
+
+class Doubling(DataLoader[Any]):
+    def __iter__(self) -> Any:
+        return (batch * 2 for batch in super().__iter__())
+
+
+def test_a_loader_that_makes_its_batches_itself_is_refused() -> None:
+    with pytest.raises(errors.ConfigurationError, match="a Doubling with an __iter__ of its own"):
+        prepared(Doubling(Plain(), batch_size=4))
+
+
+@pytest.mark.parametrize("data", [Stream, Resumable])
+def test_a_loader_that_makes_its_batches_itself_is_read_again_if_it_is_a_stream(data: Any) -> None:
+    def make() -> DataLoader[Any]:
+        return Doubling(data(), batch_size=4)
+
+    loader = prepared(make())
+    kept = iter(loader)
+    assert next(kept).tolist() == [0, 2, 4, 6]
+    assert flat(moved_on(loader, make)) == list(range(8, 44, 2))
+
+
 class OpenedInWorker(Dataset[int]):
     """Data whose files each loader worker opens for itself."""
 
