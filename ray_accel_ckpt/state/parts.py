@@ -116,6 +116,18 @@ class ObjectPart(PlainPart):
         self.object.load_state_dict(state)
 
 
+def gradient_dtype(parameter: torch.Tensor) -> torch.dtype | None:
+    """Of what dtype a parameter's gradient has to be: of its own, unless the user has set another.
+
+    None if of any. Before torch 2.10 nothing else could be set.
+    """
+    return getattr(parameter, "grad_dtype", parameter.dtype)
+
+
+def _is_gradient(tensor: torch.Tensor, parameter: torch.Tensor) -> bool:
+    return tensor.shape == parameter.shape and gradient_dtype(parameter) in (None, tensor.dtype)
+
+
 class GradientPart(PlainPart):
     """Gradients of an accumulation window that a save falls into; per rank, as DDP leaves them."""
 
@@ -141,10 +153,9 @@ class GradientPart(PlainPart):
         }
 
     def check(self, state: Any) -> None:
-        known = {name: (p.shape, p.dtype) for name, p in self._named()}
+        known = dict(self._named())
         tensors = isinstance(state, dict) and all(
-            isinstance(g, torch.Tensor)
-            and known.get(name, (g.shape, g.dtype)) == (g.shape, g.dtype)
+            isinstance(g, torch.Tensor) and (name not in known or _is_gradient(g, known[name]))
             for name, g in state.items()
         )
         require(tensors, self.name, "expected a gradient of its shape for each parameter")

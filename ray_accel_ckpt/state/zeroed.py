@@ -10,7 +10,7 @@ import torch
 from torch.optim import Optimizer
 
 from ray_accel_ckpt.state.part import Captured, Scope, captured_tree, require
-from ray_accel_ckpt.state.parts import PlainPart
+from ray_accel_ckpt.state.parts import PlainPart, gradient_dtype
 from ray_accel_ckpt.state.sharding import local
 
 
@@ -71,7 +71,8 @@ class ZeroedPart(PlainPart):
         self._kept = True
         names = set(state)
         for name, parameter in self._named():
-            parameter.grad = torch.zeros_like(parameter) if name in names else None
+            kind = gradient_dtype(parameter)
+            parameter.grad = torch.zeros_like(parameter, dtype=kind) if name in names else None
 
 
 def _any(gradient: torch.Tensor) -> bool:

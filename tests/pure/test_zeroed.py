@@ -125,3 +125,33 @@ def test_sparse_gradients_are_left_alone(tmp_path: Path) -> None:
     whole = live(train, tmp_path / "whole", every=1)
     assert live(train, tmp_path / "killed", die_at=4, every=1) is None
     assert live(train, tmp_path / "killed", every=1) == whole
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="torch 2.10 brought it")
+@pytest.mark.parametrize("dtype", [torch.float32, None])
+@pytest.mark.parametrize("window", [1, 2])
+def test_gradients_of_another_dtype_than_their_parameter(
+    tmp_path: Path, dtype: torch.dtype | None, window: int
+) -> None:
+    """Zeroed, and in a window that a save falls into."""
+
+    def train(ckpt: Checkpointer, on_step: OnStep) -> Any:
+        model = nn.Linear(3, 2, dtype=torch.bfloat16)
+        for parameter in model.parameters():
+            parameter.grad_dtype = dtype
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, foreach=False)
+        model, optimizer = ckpt.prepare(model, optimizer)
+        ckpt.load_state()
+        for step in range(ckpt.global_step, STEPS):
+            x = torch.linspace(-1, step + 1, 6, dtype=torch.bfloat16).view(2, 3)
+            ckpt.backward(model(x).square().mean())
+            if step % window == window - 1:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=False)
+            ckpt.step()
+            on_step()
+        return model, optimizer
+
+    whole = live(train, tmp_path / "whole", every=1)
+    assert live(train, tmp_path / "killed", die_at=3, every=1) is None
+    assert live(train, tmp_path / "killed", every=1) == whole
