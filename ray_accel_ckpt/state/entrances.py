@@ -42,7 +42,7 @@ class FromTheFront:
 
     def begin(self, state: Any) -> Iterator[Any]:
         del state
-        return iter(self._loader)
+        return _iterated(self._loader)
 
     def state(self) -> None:
         return None
@@ -88,7 +88,7 @@ class ByLoader:
     def begin(self, state: Any) -> Iterator[Any]:
         if state is not None:
             self._loader.load_state_dict(state)
-        return iter(self._loader)
+        return _iterated(self._loader)
 
     def state(self) -> Any:
         return self._loader.state_dict()
@@ -157,6 +157,18 @@ def entrance_of(loader: DataLoader[Any], generator: torch.Generator) -> Entrance
             **worker_options(loader),
         )
     )
+
+
+def _iterated(loader: Any) -> Iterator[Any]:
+    """``iter(loader)``, by new processes if those there are have not heard of the epoch.
+
+    Persistent workers keep a copy of the dataset: what `set_epoch` sets reaches them only in
+    memory that they share, as that of 🤗 datasets. A resumed run would begin with another epoch.
+    """
+    shared = isinstance(getattr(loader.dataset, "_epoch", None), torch.Tensor)
+    if loader.persistent_workers and hasattr(loader.dataset, "set_epoch") and not shared:
+        loader._iterator = None
+    return iter(loader)
 
 
 def has_state(obj: Any) -> bool:

@@ -100,6 +100,32 @@ class Shares(Tracked):
             yield i + 1000 * self.epochs[-1]
 
 
+class OfEpoch(Stream):
+    """Begins anew each time, with other samples in each epoch."""
+
+    epoch = -1
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        return (i + 1000 * self.epoch for i in super().__iter__())
+
+
+@pytest.mark.parametrize("data", [OfEpoch, Shares])
+def test_persistent_workers_hear_of_each_epoch(data: Any) -> None:
+    def make() -> DataLoader[Any]:
+        return DataLoader(data(), batch_size=11, num_workers=1, persistent_workers=True)
+
+    loader = prepared(make())
+    assert [flat(loader)[0] for _ in range(2)] == [0, 1000]
+    kept = iter(loader)
+    assert next(kept)[0] == 2000
+    again = moved_on(loader, make)
+    assert flat(again) == list(range(2011, 2022))
+    assert flat(again) == list(range(3000, 3022))
+
+
 def numbers(shards: list[int]) -> Iterator[dict[str, int]]:
     for shard in shards:
         for i in range(7):
