@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from ray_accel_ckpt.errors import UnsupportedStateError
 from ray_accel_ckpt.state import rng
+from ray_accel_ckpt.state.entries import is_extra
 from ray_accel_ckpt.state.part import (
     Captured,
     Differences,
@@ -92,6 +93,8 @@ class ObjectPart(PlainPart):
             return
         differences.unexpected += [f"{self.name}/{n}" for n in stored if n not in live]
         for name, tensor in live.items():
+            if is_extra(name) or not isinstance(tensor, torch.Tensor):
+                continue
             spec = saved.tensors.get(tensor_ref(stored[name])) if name in stored else None
             if spec and (spec.dtype, spec.shape) != (tensor.dtype, tuple(tensor.shape)):
                 differences.differing.append(

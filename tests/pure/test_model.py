@@ -265,22 +265,35 @@ def test_extra_state_comes_back(tmp_path: Path) -> None:
     assert torch.equal(other.weight, torch.full((2,), 3.0))
 
 
-def test_an_extra_state_that_is_a_tensor_comes_back(tmp_path: Path) -> None:
-    """As transformer_engine's is; its shape may differ from the live one's."""
+class Scales(nn.Module):
+    """Its extra state is a tensor, as transformer_engine's is; or None, before there is one."""
 
-    class Scales(nn.Module):
-        def __init__(self, size: int) -> None:
-            super().__init__()
-            self.scales = torch.arange(float(size))
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.scales = torch.arange(float(size)) if size else None
 
-        def get_extra_state(self) -> torch.Tensor:
-            return self.scales
+    def get_extra_state(self) -> torch.Tensor | None:
+        return self.scales
 
-        def set_extra_state(self, state: torch.Tensor) -> None:
-            self.scales = state
+    def set_extra_state(self, state: torch.Tensor | None) -> None:
+        self.scales = state
 
-    saved(tmp_path, Scales(5))
-    assert torch.equal(loaded(tmp_path, Scales(2)).scales, torch.arange(5.0))
+
+@pytest.mark.parametrize(("before", "now"), [(5, 2), (5, 0), (0, 5)])
+def test_an_extra_state_that_is_a_tensor_comes_back(tmp_path: Path, before: int, now: int) -> None:
+    saved(tmp_path, Scales(before))
+    assert digest(loaded(tmp_path, Scales(now)).scales) == digest(Scales(before).scales)
+
+
+@pytest.mark.parametrize(("before", "now"), [(5, 2), (5, 0), (0, 5)])
+def test_so_does_that_of_a_module_that_is_registered(tmp_path: Path, before: int, now: int) -> None:
+    ckpt, again = checkpointer(tmp_path), checkpointer(tmp_path)
+    ckpt.register_for_checkpointing(average=nn.Sequential(Scales(before), nn.Linear(2, 1)))
+    ckpt.save_state()
+    average = nn.Sequential(Scales(now), nn.Linear(2, 1))
+    again.register_for_checkpointing(average=average)
+    assert again.load_state()
+    assert digest(average[0].scales) == digest(Scales(before).scales)
 
 
 # --- entries that are no memory of the module ----------------------------------------------
