@@ -246,11 +246,13 @@ def _groups(value: Json) -> list[list[str]]:
 def _regrouped(groups: list[dict[str, Any]], live: list[list[str]]) -> list[dict[str, Any]]:
     """The saved groups in the live order, parameters in the live order within each.
 
-    Groups are matched by their parameters. Where these were redistributed among
-    as many groups, the group in the same place gives the hyperparameters.
+    Groups are matched by their parameters. Where these were redistributed among as many
+    groups, the group in the same place gives the hyperparameters. Torch keeps the live
+    group's own `param_names` if a saved one has none.
     """
-    by_members = {frozenset(group["params"]): group for group in groups}
+    unnamed = [{k: v for k, v in group.items() if k != "param_names"} for group in groups]
+    by_members = {frozenset(group["params"]): group for group in unnamed}
     return [
-        {**by_members.get(frozenset(names), groups[i]), "params": names}
+        {**by_members.get(frozenset(names), unnamed[i]), "params": names}
         for i, names in enumerate(live)
     ]

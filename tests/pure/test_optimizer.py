@@ -173,6 +173,22 @@ def test_other_order_of_parameters(tmp_path: Path) -> None:
     assert resumed.param_groups[0]["lr"] == 0.01
 
 
+def test_names_of_parameters_stay_with_them_in_another_order(tmp_path: Path) -> None:
+    model, other = two_layers(), two_layers()
+    ckpt, optimizer = prepared(tmp_path, model, lambda m: torch.optim.Adam(m.named_parameters()))
+    step(model, optimizer)
+    ckpt.save_state()
+
+    def backwards(m: nn.Module) -> Optimizer:
+        return torch.optim.Adam(list(m.named_parameters())[::-1])
+
+    again, resumed = prepared(tmp_path, other, backwards)
+    again.load_state()
+    (group,) = resumed.param_groups
+    names = {id(p): name for name, p in other.named_parameters()}
+    assert group["param_names"] == [names[id(p)] for p in group["params"]]
+
+
 def test_other_order_of_groups(tmp_path: Path) -> None:
     """Each group keeps its own learning rate."""
 
