@@ -8,6 +8,7 @@ one too high for ever. Here the positions are translated and nothing is run.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -183,10 +184,8 @@ class OptimizerPart:
         for name, parameter in zip(names, self._parameters(), strict=True):
             live = self.optimizer.state.get(parameter, {})
             for key, value in saved.get(name, {}).items():
-                now = live.get(key)
-                both = isinstance(value, torch.Tensor) and isinstance(now, torch.Tensor)
-                if both and now.dtype != value.dtype:
-                    live[key] = value.to(now.device)
+                if key in live:
+                    live[key] = _uncast(live[key], value)
 
     def written(self) -> list[torch.Tensor]:
         """All that `step` writes: parameters, and the state that it keeps of them."""
@@ -214,6 +213,20 @@ class OptimizerPart:
             for g, group in enumerate(self.optimizer.param_groups)
             for i, p in enumerate(group["params"])
         ]
+
+
+def _uncast(now: Any, saved: Any) -> Any:
+    """What `load_state_dict` has made of a saved value, with the dtypes that it was saved with."""
+    if isinstance(saved, torch.Tensor) and isinstance(now, torch.Tensor):
+        return now if now.dtype == saved.dtype else saved.to(now.device)
+    if isinstance(saved, dict) and isinstance(now, dict):
+        return type(saved)({key: _uncast(now.get(key), value) for key, value in saved.items()})
+    if isinstance(saved, deque) and isinstance(now, deque):
+        return deque(map(_uncast, now, saved), saved.maxlen)
+    if isinstance(saved, (list, tuple)) and type(now) is type(saved):
+        return type(saved)(map(_uncast, now, saved))
+    # It goes through a text as through a list, and writes down what it goes through it with.
+    return saved if isinstance(saved, str) else now
 
 
 def positional(state: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:

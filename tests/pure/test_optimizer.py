@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -255,6 +256,41 @@ def test_wide_state_of_narrow_parameters_is_not_rounded(tmp_path: Path) -> None:
     found = optimizer.state[model.weight]["exp_avg"]
     assert found.dtype == torch.float32
     assert torch.equal(found, torch.full((4, 4), 1 / 3))
+
+
+class Preconditioned(Optimizer):
+    """Keeps wide tensors in lists and dicts, as SOAP and Shampoo do."""
+
+    def __init__(self, parameters: Any, third: float = 0.0) -> None:
+        self.third = third
+        super().__init__(parameters, {})
+
+    def step(self, closure: Any = None) -> None:
+        """Give each parameter a state."""
+        for parameter in self.param_groups[0]["params"]:
+            third = torch.tensor([self.third])
+            self.state[parameter] = {
+                "Q": [third, None, torch.arange(3)],
+                "sides": OrderedDict(left={"L": third * 2}, right=(third * 3, 0.5)),
+                "latest": deque([third * 4], maxlen=3),
+                "kind": "two-sided",
+            }
+
+
+def test_wide_state_in_lists_and_dicts_is_not_rounded(tmp_path: Path) -> None:
+    model, other = (nn.Linear(4, 4, dtype=torch.bfloat16) for _ in range(2))
+    ckpt, optimizer = prepared(
+        tmp_path, model, lambda m: Preconditioned(m.parameters(), third=1 / 3)
+    )
+    optimizer.step()
+    ckpt.save_state()
+    again, resumed = prepared(tmp_path, other, lambda m: Preconditioned(m.parameters()))
+    again.load_state()
+    mine, its = resumed.state[other.weight], optimizer.state[model.weight]
+    assert repr(mine) == repr(its)
+    assert digest(mine["Q"], mine["sides"], *mine["latest"]) == digest(
+        its["Q"], its["sides"], *its["latest"]
+    )
 
 
 FUSED: dict[str, Make] = {
