@@ -50,7 +50,8 @@ class SeededDataset(Dataset[Any]):
 
     def __getitems__(self, keys: list[Key]) -> Any:
         with self._scope():
-            if hasattr(self.dataset, "__getitems__"):
+            # None where a subclass takes it back; so torch understands it.
+            if getattr(self.dataset, "__getitems__", None):
                 seed_host(derived_seed(self.seed, *keys))
                 samples = self.dataset.__getitems__([index for _, index in keys])
             else:

@@ -291,6 +291,14 @@ def test_a_loader_that_makes_its_batches_itself_is_read_again_if_it_is_a_stream(
     assert flat(moved_on(loader, make)) == list(range(8, 44, 2))
 
 
+class OneByOne(Plain):
+    __getitems__ = None
+
+
+def test_data_that_takes_back_getting_several_samples_at_once() -> None:
+    assert flat(prepared(DataLoader(OneByOne(), batch_size=4))) == list(range(22))
+
+
 class OpenedInWorker(Dataset[int]):
     """Data whose files each loader worker opens for itself."""
 
