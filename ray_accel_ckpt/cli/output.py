@@ -55,7 +55,9 @@ def show(*renderables: RenderableType) -> None:
 def console() -> Console:
     from rich.console import Console
 
-    width = None if sys.stdout.isatty() else _UNBOUNDED
+    # Closed by whoever wants the exit status alone, stdout is None.
+    on_terminal = sys.stdout is not None and sys.stdout.isatty()
+    width = None if on_terminal else _UNBOUNDED
     return Console(width=width, highlight=False, markup=False, emoji=False)
 
 
