@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from ray_accel_ckpt import Checkpointer, errors, open_checkpoint
 from ray_accel_ckpt.image import hashing as images
 from ray_accel_ckpt.image.manifest import manifest_name
 from ray_accel_ckpt.integrations.dcp import CheckpointReader, from_dcp, to_dcp
+from ray_accel_ckpt.integrations.dcp.whole import write_whole
 from ray_accel_ckpt.state.part import Captured, Scope
 from ray_accel_ckpt.storage.filesystem import LocalFilesystem
 from ray_accel_ckpt.storage.writer import write_image
@@ -602,6 +604,20 @@ def test_what_dcp_did_not_finish_is_no_checkpoint(tmp_path: Path) -> None:
     (source / ".metadata").unlink()
     with pytest.raises(errors.NotACheckpointError, match=r"no \.metadata there"):
         from_dcp(source, tmp_path / "ours")
+
+
+def test_what_dcp_failed_by_is_told_without_its_traceback(tmp_path: Path) -> None:
+    ours = _saved(tmp_path / "ours", *_trained(1))
+    (tmp_path / "file").touch()
+    with pytest.raises(errors.StorageError, match="could not write the checkpoint") as caught:
+        write_whole({"model": {}}, tmp_path / "file" / "dcp")
+    assert re.match(r"NotADirectoryError: .*file", caught.value.why)
+    theirs = Path(to_dcp(ours, tmp_path / "dcp"))
+    (theirs / "__0_0.distcp").unlink()
+    with pytest.raises(errors.CorruptCheckpointError, match="cannot read") as found:
+        from_dcp(theirs, tmp_path / "back")
+    assert re.match(r"FileNotFoundError: .*__0_0", found.value.why)
+    assert "\n" not in caught.value.why + found.value.why
 
 
 def test_converts_from_and_to_uris(tmp_path: Path) -> None:

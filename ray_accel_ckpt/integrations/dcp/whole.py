@@ -46,7 +46,7 @@ def read_whole(directory: Path) -> dict[str, Any]:
         raise CorruptCheckpointError(
             "torch.distributed.checkpoint cannot read its checkpoint",
             where=str(directory),
-            why=f"{type(e).__name__}: {e}",
+            why=_causes(e) if isinstance(e, CheckpointException) else f"{type(e).__name__}: {e}",
             remedy="use another checkpoint, or the version of torch that wrote this one",
         ) from e
 
@@ -76,9 +76,15 @@ def write_whole(state: dict[str, Any], directory: Path) -> None:
         raise StorageError(
             "torch.distributed.checkpoint could not write the checkpoint",
             where=str(directory),
-            why=str(e),
+            why=_causes(e),
             remedy="see whether there is space; convert to a new directory then",
         ) from e
+
+
+def _causes(error: CheckpointException) -> str:
+    """What DCP failed by. As text it is a traceback, which is for whoever writes DCP."""
+    causes = [cause for cause, _ in error.failures.values()]
+    return "; ".join(f"{type(each).__name__}: {each}" for each in causes)
 
 
 def _require_text(value: Any, where: str) -> None:
