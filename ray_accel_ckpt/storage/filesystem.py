@@ -29,6 +29,8 @@ from ray_accel_ckpt.location import require_location
 from ray_accel_ckpt.storage.anonymous import is_anonymous_s3, open_anonymous_s3
 
 _OBJECT_STORE = re.compile(r"\b(s3a?|gcs|gs|abfss?|az|adl|oss)\b")
+_BY_ARROW = ("s3", "gs", "gcs", "abfs", "abfss")
+"""Schemes of buckets that pyarrow has clients for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,8 +282,8 @@ def resolve(location: str | os.PathLike[str], filesystem: Any = None) -> tuple[F
             found, inner = open_anonymous_s3(path)
         else:
             found, inner = pafs.FileSystem.from_uri(path)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        found, inner = _through_fsspec(path, scheme)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as e:
+        found, inner = _through_fsspec(path, scheme, refused=str(e))
     return wrap(found), inner.rstrip("/")
 
 
@@ -315,10 +317,19 @@ def _forget_listings(filesystem: pafs.FileSystem, path: str) -> None:
         handler.fs.invalidate_cache(path)
 
 
-def _through_fsspec(uri: str, scheme: str) -> tuple[pafs.FileSystem, str]:
+def _through_fsspec(uri: str, scheme: str, *, refused: str) -> tuple[pafs.FileSystem, str]:
+    """By fsspec what pyarrow refused, and by what."""
     try:
         found, inner = fsspec.core.url_to_fs(uri)
     except (ImportError, ValueError) as e:
+        if scheme in _BY_ARROW:
+            # A package more would not help: the URI is wrong, an option or the bucket's name.
+            raise ConfigurationError(
+                f"not a {scheme}:// URI that can be opened",
+                where=uri,
+                why=refused,
+                remedy="see the name of the bucket, and the options after the ?",
+            ) from e
         raise ConfigurationError(
             f"no filesystem for {scheme}:// URIs",
             where=uri,

@@ -441,6 +441,21 @@ def test_an_unknown_scheme_is_a_configuration_error() -> None:
         resolve("nowhere://x/y")
 
 
+@pytest.mark.parametrize(
+    ("uri", "why"),
+    [
+        ("s3:///run", "Missing bucket name"),
+        ("s3://bucket/run?endpoint_overide=localhost:9000", "endpoint_overide"),
+        ("abfss://container@account/run?regoin=x", "regoin"),
+    ],
+)
+def test_a_uri_with_a_mistake_in_it_is_told_by_that(uri: str, why: str) -> None:
+    """And not by a package of fsspec's that is not installed, which would not help."""
+    with pytest.raises(ConfigurationError, match="that can be opened") as caught:
+        resolve(uri)
+    assert why in caught.value.why
+
+
 def test_something_else_is_no_filesystem() -> None:
     with pytest.raises(ConfigurationError, match=r"not a filesystem: builtins\.dict"):
         to_arrow({})
