@@ -27,7 +27,7 @@ from ray_accel_ckpt.runtime.record import (
     registered_in,
 )
 from ray_accel_ckpt.storage.access import READ_TIMEOUT, listed
-from ray_accel_ckpt.storage.catalog import candidates, open_snapshot, step_of
+from ray_accel_ckpt.storage.catalog import candidates, open_snapshot, saved_by, step_of
 from ray_accel_ckpt.storage.filesystem import Filesystem, resolve
 from ray_accel_ckpt.storage.retry import retried
 
@@ -148,12 +148,17 @@ def heal(
 
 
 def _newer(filesystem: Filesystem, run: str, state: State) -> list[str]:
-    """Checkpoints that are whole and newer than the latest in the record, oldest first."""
+    """Checkpoints that are whole and newer than the latest in the record, oldest first.
+
+    None of a run without Ray: it removes its own, and a record would name what is gone.
+    """
     latest = state["latest_checkpoint_result"]
     step = -1 if latest is None else step_of(latest["checkpoint_dir_name"])
     known = set(registered_in(state))
     names = []
     for candidate in reversed(candidates(filesystem, run)):
+        if saved_by(candidate.name) is None:
+            continue
         if candidate.number <= step or candidate.name in known:
             continue
         try:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import threading
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -36,15 +35,12 @@ from ray_accel_ckpt.errors import (
 from ray_accel_ckpt.runtime.ray_run import RayRun
 from ray_accel_ckpt.runtime.record import Record, read_record
 from ray_accel_ckpt.storage.access import READ_TIMEOUT, listed
-from ray_accel_ckpt.storage.catalog import Candidate, candidates, open_snapshot
+from ray_accel_ckpt.storage.catalog import Candidate, candidates, open_snapshot, saved_by
 from ray_accel_ckpt.storage.filesystem import Filesystem, resolve
 from ray_accel_ckpt.storage.leftovers import is_ours
 from ray_accel_ckpt.storage.retry import retried
 
 logger = logging.getLogger(__name__)
-
-_IN_A_RUN = re.compile(r"checkpoint_[0-9]{8,20}_([0-9a-f]{6})(?:[0-9a-f]{2,})?")
-"""As `catalog.checkpoint_name` has it: the step, then the attempt and the number at that step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +97,8 @@ def look(
     """
     orphans, adopted = [], []
     for candidate in candidates(filesystem, run):
-        named = _IN_A_RUN.fullmatch(candidate.name)
-        if named is None or named[1] in living or candidate.name in record.names:
+        attempt = saved_by(candidate.name)
+        if attempt is None or attempt in living or candidate.name in record.names:
             continue
         if candidate.path == resumed_from and not _by(record.latest, living):
             adopted.append(candidate.name)
@@ -284,8 +280,7 @@ def _whole(filesystem: Filesystem, candidate: Candidate) -> bool | None:
 
 def _by(name: str | None, attempts: Collection[str]) -> bool:
     """Whether one of these attempts saved the checkpoint."""
-    named = None if name is None else _IN_A_RUN.fullmatch(name)
-    return named is not None and named[1] in attempts
+    return name is not None and saved_by(name) in attempts
 
 
 def _delete(filesystem: Filesystem, path: str) -> None:

@@ -28,6 +28,8 @@ from ray_accel_ckpt.storage.reference import ORIGIN, REFERENCE, read_reference
 from ray_accel_ckpt.storage.retry import retried
 
 _NAME = re.compile(r"checkpoint_([0-9]{1,20})(?:_([0-9a-f]+))?")
+_IN_A_RUN = re.compile(r"checkpoint_[0-9]{8,20}_([0-9a-f]{6})(?:[0-9a-f]{2,})?")
+"""As `checkpoint_name` has it: the step, then the attempt and the number at that step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +57,15 @@ def step_of(name: str) -> int:
     """The step that a checkpoint's directory is named after; -1 if it is not named like one."""
     match = _NAME.fullmatch(name)
     return -1 if match is None else int(match[1])
+
+
+def saved_by(name: str) -> str | None:
+    """The attempt that a checkpoint in a run of Ray's is named after; None: it is not named so.
+
+    Automatic names, `checkpoint_<n>`, are those of runs without Ray.
+    """
+    match = _IN_A_RUN.fullmatch(name)
+    return None if match is None else match[1]
 
 
 def candidates(

@@ -87,6 +87,13 @@ def test_with_a_score_what_lost_its_metrics_ranks_last(
     assert (first["metrics"]["loss"] > 0) == (worst > 0)
 
 
+def test_a_run_without_ray_gets_no_record_of_ray(digits: Path, tmp_path: Path) -> None:
+    """It would name what `total_limit` removes later."""
+    shutil.copytree(digits / KNOWN[0], tmp_path / "checkpoints" / "checkpoint_7")
+    assert "nothing is wrong" in told("heal", tmp_path / "checkpoints")
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["checkpoint_7"]
+
+
 # --- sweep ---------------------------------------------------------------------------------
 
 
