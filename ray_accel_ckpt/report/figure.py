@@ -157,14 +157,25 @@ def _figure(*, height: float) -> Figure:
 
 
 def _legend(axes: Axes) -> None:
-    """Each label once, and none of what is not there."""
+    """Each label once, and none of what is not there.
+
+    Above the axes: among the points of a long run, the best place takes minutes to find.
+    """
     handles: dict[str, Any] = {}
     for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
         drawn = not hasattr(handle, "get_xdata") or len(handle.get_xdata())
         if drawn:
             handles.setdefault(label, handle)
     if handles:
-        axes.legend(handles.values(), handles.keys(), frameon=False, fontsize=9)
+        axes.legend(
+            handles.values(),
+            handles.keys(),
+            loc="lower left",
+            bbox_to_anchor=(0, 1),
+            ncols=4,
+            frameon=False,
+            fontsize=9,
+        )
     axes.grid(alpha=0.25)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import matplotlib.image
 import pytest
+from matplotlib.legend import Legend
 
 from ray_accel_ckpt.report.figure import AGAIN, LOSS, NEW, NOTICE, SAVED, png, timeline
 from ray_accel_ckpt.report.history import history_of
@@ -52,6 +53,18 @@ def test_a_browser_draws_the_timeline(tmp_path: Path) -> None:
     browse(tmp_path, _page(), f"--screenshot={shot}", "--window-size=1100,1900")
     for colour, least in ((NEW, 300), (AGAIN, 100), (SAVED, 100), (LOSS, 20), (NOTICE, 20)):
         assert _count(shot, colour) > least, colour
+
+
+def test_a_long_run_is_drawn_without_looking_for_the_best_place_of_a_legend(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """matplotlib looks at each point for it, and warns that this is slow."""
+
+    def looked(*arguments: object) -> None:
+        raise AssertionError("the best place is looked for")
+
+    monkeypatch.setattr(Legend, "_find_best_position", looked)
+    assert "</html>" in _page()
 
 
 def test_nothing_in_it_comes_from_elsewhere_or_runs() -> None:
