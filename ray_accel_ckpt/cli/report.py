@@ -24,7 +24,8 @@ class Reported:
 
     Attributes:
         begun, known: when it began and when the last was heard of it, seconds since the epoch.
-        goodput: the part of that time that went to steps nobody had made before.
+        goodput: the part of that time that went to steps nobody had made before; what lies between
+            a finished attempt and the next is left out.
         lost: steps that each attempt but the first had to make again.
         written: files that were asked for.
     """

@@ -32,10 +32,10 @@ def timeline(history: History) -> Figure:
     def since(at: float) -> float:
         return (at - history.begun) / scale
 
-    made, heard = 0, None
-    for attempt in history.attempts:
-        began = attempt.begun - attempt.restoring
-        if heard is not None and began > heard:
+    made = 0
+    for attempt, down in zip(history.attempts, history.down, strict=True):
+        if down:
+            heard = attempt.begun - attempt.restoring - down
             axes.axvspan(since(heard), since(attempt.begun), color=DOWN, lw=0, label="down")
         _steps(axes, attempt, made, since)
         _saves(axes, attempt, since)
@@ -43,7 +43,7 @@ def timeline(history: History) -> Figure:
             axes.plot(
                 since(attempt.known), attempt.last, "x", color=LOSS, ms=9, mew=2.2, label="lost"
             )
-        made, heard = max(made, attempt.last), attempt.known
+        made = max(made, attempt.last)
     for event in history.events:
         if event.kind == "notice":
             axes.axvline(

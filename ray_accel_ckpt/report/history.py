@@ -7,6 +7,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from ray_accel_ckpt.errors import ConfigurationError
@@ -93,7 +94,8 @@ class Spent:
         again: on steps that an attempt before had made.
         saving: waiting for saves to be frozen.
         restoring: loading a state.
-        down: from the last that was heard of an attempt to the next one's restoring.
+        down: from the last that was heard of an attempt to the next one's restoring, unless it
+            had finished: what comes after that is nobody's loss, and in no part.
     """
 
     training: float = 0.0
@@ -121,6 +123,8 @@ class History:
     spent: Spent
     lost: tuple[int, ...]
     """Steps that each attempt but the first had to make again."""
+    down: tuple[float, ...]
+    """Seconds before each attempt's restoring in which the run was down."""
 
     @property
     def begun(self) -> float:
@@ -170,11 +174,13 @@ def history_of(events: Iterable[Event], *, where: str) -> History:
             if e.kind == "failure" and start.at <= e.at < (following or float("inf"))
         ]
         attempts.append(_attempt(start, own, failures, registered, last=following is None))
+    down = tuple(_down(attempts))
     return History(
         attempts=tuple(attempts),
         events=tuple(found),
-        spent=_spent(attempts),
+        spent=_spent(attempts, down),
         lost=tuple(_lost(attempts)),
+        down=down,
     )
 
 
@@ -251,27 +257,37 @@ def _ending(own: Sequence[Event], failures: Sequence[Event], *, last: bool) -> s
     return "" if last else "lost"
 
 
-def _spent(attempts: Sequence[Attempt]) -> Spent:
-    training = again = saving = restoring = down = 0.0
-    made, heard = 0, None
+def _spent(attempts: Sequence[Attempt], down: Sequence[float]) -> Spent:
+    training = again = saving = restoring = 0.0
+    made, heard = 0, -math.inf
     for attempt in attempts:
-        began = attempt.begun - attempt.restoring
-        down += max(0.0, began - heard) if heard is not None else 0.0
-        restoring += attempt.restoring
         new_from = attempt.begun
         if made > attempt.first:
             new_from = min(max(attempt.reached(made), attempt.begun), attempt.known)
         times = [save.at for save in attempt.saves]
         blocked = [save.blocked for save in attempt.saves]
         before = sum(blocked[: bisect_right(times, new_from)])
-        after = sum(blocked) - before
-        saving += before + after
-        again += max(0.0, new_from - attempt.begun - before)
-        rest = max(0.0, attempt.known - new_from - after)
-        restoring += min(rest, attempt.restoring_later)
-        training += max(0.0, rest - attempt.restoring_later)
-        made, heard = max(made, attempt.last), attempt.known
-    return Spent(training=training, again=again, saving=saving, restoring=restoring, down=down)
+        # Where two attempts overlap, the time is that of the first.
+        left = max(0.0, attempt.known - max(attempt.begun - attempt.restoring, heard))
+        old = max(0.0, new_from - attempt.begun - before)
+        parts = []
+        for seconds in (attempt.restoring, sum(blocked), old, attempt.restoring_later):
+            parts.append(min(seconds, left))
+            left -= parts[-1]
+        restoring += parts[0] + parts[3]
+        saving += parts[1]
+        again += parts[2]
+        training += left
+        made, heard = max(made, attempt.last), max(heard, attempt.known)
+    return Spent(training=training, again=again, saving=saving, restoring=restoring, down=sum(down))
+
+
+def _down(attempts: Sequence[Attempt]) -> Iterable[float]:
+    yield 0.0
+    heard = accumulate((attempt.known for attempt in attempts), max)
+    for last, before, attempt in zip(heard, attempts, attempts[1:], strict=False):
+        idle = max(0.0, attempt.begun - attempt.restoring - last)
+        yield 0.0 if before.ending == "finished" else idle
 
 
 def _lost(attempts: Sequence[Attempt]) -> Iterable[int]:

@@ -66,6 +66,27 @@ def test_all_of_the_time_is_accounted_for() -> None:
     assert round(spent.goodput * spent.all, 6) == round(spent.training, 6)
 
 
+def test_the_time_until_a_finished_run_is_started_again_is_in_no_part() -> None:
+    events = [
+        *attempt("aaaaaa", 0, 0, 100, end=True),
+        *attempt("bbbbbb", 560, 100, 100, tier="storage", end=True),
+        event(570, "durable", "bbbbbb", name="x", step=100),
+        *attempt("cccccc", 1000, 100, 150, tier="storage"),
+        *attempt("dddddd", 1040, 150, 200, tier="storage"),
+    ]
+    history = history_of(events, where="there")
+    assert history.down == (0.0, 0.0, 0.0, 1038 - 1030)
+    spent = history.spent
+    assert round(spent.all, 6) == 60 + 12 + 32 + (1070 - 1030)
+    assert (spent.down, spent.restoring, spent.again) == (8.0, 6.0, 0.0)
+
+
+def test_time_in_which_two_attempts_overlap_counts_once() -> None:
+    events = [*attempt("aaaaaa", 0, 0, 100), *attempt("bbbbbb", 30, 50, 150, tier="storage")]
+    history = history_of(events, where="there")
+    assert round(history.spent.all, 6) == round(history.known - history.begun, 6) == 90.0
+
+
 def test_a_first_step_that_takes_long_is_no_step_made_again() -> None:
     events = [
         event(0, "start", "aaaaaa", step=0),
@@ -120,6 +141,7 @@ def test_whatever_a_journal_says_is_told_or_left_out(events: list[Event]) -> Non
     spent = history.spent
     parts = (spent.training, spent.again, spent.saving, spent.restoring, spent.down)
     assert all(part >= 0 for part in parts)
+    assert spent.all <= (history.known - history.begun) * (1 + 1e-9)
     assert spent.goodput is None or 0 <= spent.goodput <= 1
     for attempt_ in history.attempts:
         assert not re.search(r"[\x00-\x1f]", attempt_.ending)

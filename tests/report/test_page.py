@@ -55,6 +55,16 @@ def test_a_browser_draws_the_timeline(tmp_path: Path) -> None:
         assert _count(shot, colour) > least, colour
 
 
+def test_the_timeline_is_not_down_between_a_finished_run_and_its_next_start() -> None:
+    for end in (False, True):
+        events = [
+            *attempt("aaaaaa", 0, 0, 100, end=end),
+            *attempt("bbbbbb", 500, 100, 150, tier="storage"),
+        ]
+        [axes] = timeline(history_of(events, where="")).axes
+        assert ("down" in axes.get_legend_handles_labels()[1]) is not end
+
+
 def test_a_long_run_is_drawn_without_looking_for_the_best_place_of_a_legend(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
