@@ -10,6 +10,8 @@ from ray_accel_ckpt.errors import ConfigurationError
 
 _CUT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/(?!/)")
 """How a URI begins that was made a `pathlib.Path`: of two slashes one is left."""
+_NO_BUCKET = re.compile(r"(s3a?|gs|gcs|abfss?)://([^/?#]*@)?([/?#]|$)")
+"""Clients of object stores take some of these, and ask the network for what cannot be."""
 
 
 def require_location(location: Any, *, name: str = "the directory") -> str:
@@ -19,7 +21,8 @@ def require_location(location: Any, *, name: str = "the directory") -> str:
         name: what it is, for messages.
 
     Raises:
-        ConfigurationError: it is empty, neither text nor a path, or a URI that lost a slash.
+        ConfigurationError: it is empty, neither text nor a path, or a URI that lost a slash or has
+            no bucket.
     """
     text = os.fspath(location) if isinstance(location, os.PathLike) else location
     if not isinstance(text, str):
@@ -39,5 +42,11 @@ def require_location(location: Any, *, name: str = "the directory") -> str:
             why="pathlib.Path makes one slash of two, and a local directory of that name is hardly "
             "meant",
             remedy=f"give it as text: {text.replace(':/', '://', 1)!r}; begin a local path with ./",
+        )
+    if _NO_BUCKET.match(text):
+        raise ConfigurationError(
+            f"{name} is a URI without a bucket: {text!r}",
+            why="what comes after the two slashes, up to the next one, is the bucket's name",
+            remedy=f"give one like {text.partition('://')[0]}://bucket/run",
         )
     return text

@@ -444,7 +444,6 @@ def test_an_unknown_scheme_is_a_configuration_error() -> None:
 @pytest.mark.parametrize(
     ("uri", "why"),
     [
-        ("s3:///run", "Missing bucket name"),
         ("s3://bucket/run?endpoint_overide=localhost:9000", "endpoint_overide"),
         ("abfss://container@account/run?regoin=x", "regoin"),
     ],
@@ -454,6 +453,15 @@ def test_a_uri_with_a_mistake_in_it_is_told_by_that(uri: str, why: str) -> None:
     with pytest.raises(ConfigurationError, match="that can be opened") as caught:
         resolve(uri)
     assert why in caught.value.why
+
+
+@pytest.mark.parametrize("scheme", ["s3", "s3a", "gs", "gcs", "abfs"])
+@pytest.mark.parametrize("rest", ["", "/", "/run", "?region=x", "anonymous@", "anonymous@/run"])
+def test_a_bucket_s_uri_without_a_bucket_is_refused_at_once(scheme: str, rest: str) -> None:
+    """Clients ask the network for it, for minutes."""
+    with pytest.raises(ConfigurationError, match="a URI without a bucket") as caught:
+        resolve(f"{scheme}://{rest}")
+    assert f"{scheme}://bucket/run" in caught.value.remedy
 
 
 def test_something_else_is_no_filesystem() -> None:
