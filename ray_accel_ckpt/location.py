@@ -12,6 +12,8 @@ _CUT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/(?!/)")
 """How a URI begins that was made a `pathlib.Path`: of two slashes one is left."""
 _NO_BUCKET = re.compile(r"(s3a?|gs|gcs|abfss?)://([^/?#]*@)?([/?#]|$)")
 """Clients of object stores take some of these, and ask the network for what cannot be."""
+_HOST = re.compile(r"(file|local)://(?![/~.])")
+"""Taken for a path under the working directory otherwise."""
 
 
 def require_location(location: Any, *, name: str = "the directory") -> str:
@@ -21,8 +23,8 @@ def require_location(location: Any, *, name: str = "the directory") -> str:
         name: what it is, for messages.
 
     Raises:
-        ConfigurationError: it is empty, neither text nor a path, or a URI that lost a slash or has
-            no bucket.
+        ConfigurationError: it is empty, neither text nor a path, or a URI that lost a slash, has no
+            bucket, or a host in the place of a local path.
     """
     text = os.fspath(location) if isinstance(location, os.PathLike) else location
     if not isinstance(text, str):
@@ -48,5 +50,14 @@ def require_location(location: Any, *, name: str = "the directory") -> str:
             f"{name} is a URI without a bucket: {text!r}",
             why="what comes after the two slashes, up to the next one, is the bucket's name",
             remedy=f"give one like {text.partition('://')[0]}://bucket/run",
+        )
+    if _HOST.match(text):
+        scheme, _, rest = text.partition("://")
+        raise ConfigurationError(
+            f"{name} is a URI of a local path that does not begin with a slash: {text!r}",
+            why="what comes after the two slashes, up to the next one, would be a host, and files "
+            "are those of this machine",
+            remedy=f"give {scheme}:///{rest} if /{rest} is meant, or {rest or '.'!r} without "
+            f"{scheme}:// if it is under the working directory",
         )
     return text

@@ -464,6 +464,14 @@ def test_a_bucket_s_uri_without_a_bucket_is_refused_at_once(scheme: str, rest: s
     assert f"{scheme}://bucket/run" in caught.value.remedy
 
 
+@pytest.mark.parametrize("scheme", ["file", "local"])
+def test_a_host_in_the_uri_of_a_local_path_is_refused(scheme: str) -> None:
+    """One slash is missing: it would be a path under the working directory."""
+    with pytest.raises(ConfigurationError, match="does not begin with a slash") as caught:
+        resolve(f"{scheme}://mnt/run")
+    assert f"give {scheme}:///mnt/run" in caught.value.remedy
+
+
 def test_something_else_is_no_filesystem() -> None:
     with pytest.raises(ConfigurationError, match=r"not a filesystem: builtins\.dict"):
         to_arrow({})
