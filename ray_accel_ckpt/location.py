@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 from typing import Any
 
 from ray_accel_ckpt.errors import ConfigurationError
@@ -14,6 +15,7 @@ _NO_BUCKET = re.compile(r"(s3a?|gs|gcs|abfss?)://([^/?#]*@)?([/?#]|$)")
 """Clients of object stores take some of these, and ask the network for what cannot be."""
 _HOST = re.compile(r"(file|local)://(?![/~.])")
 """Taken for a path under the working directory otherwise."""
+_URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
 def require_location(location: Any, *, name: str = "the directory") -> str:
@@ -61,3 +63,18 @@ def require_location(location: Any, *, name: str = "the directory") -> str:
             f"{scheme}:// if it is under the working directory",
         )
     return text
+
+
+def require_local(location: str | os.PathLike[str], *, name: str) -> Path:
+    """The location as an absolute path of this machine.
+
+    Raises:
+        ConfigurationError: it is a URI.
+    """
+    if _URI.match(os.fspath(location)):
+        raise ConfigurationError(
+            f"{name} must be a local path, not {os.fspath(location)!r}",
+            why="it is written to the disks of this machine alone",
+            remedy="give a path of this machine, and copy what is written there",
+        )
+    return Path(location).expanduser().absolute()

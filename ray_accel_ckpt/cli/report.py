@@ -11,6 +11,7 @@ import typer
 
 from ray_accel_ckpt.cli import output
 from ray_accel_ckpt.cli.options import Anonymous, AsJson, EndpointUrl, Region, Run, place
+from ray_accel_ckpt.location import require_local
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -44,11 +45,11 @@ class Reported:
 def report(
     run: Run,
     html: Annotated[
-        Path | None,
+        str | None,
         typer.Option("--html", metavar="FILE", help="Write a page that needs nothing else."),
     ] = None,
     png: Annotated[
-        Path | None, typer.Option("--png", metavar="FILE", help="Write the timeline alone.")
+        str | None, typer.Option("--png", metavar="FILE", help="Write the timeline alone.")
     ] = None,
     as_json: AsJson = False,
     endpoint_url: EndpointUrl = None,
@@ -63,6 +64,8 @@ def report(
     from ray_accel_ckpt.report.history import history_of
     from ray_accel_ckpt.storage.journal import read_events
 
+    page = None if html is None else require_local(html, name="the page")
+    picture = None if png is None else require_local(png, name="the picture")
     filesystem, path = place(run, endpoint_url, region, anonymous)
     history = history_of(read_events(filesystem, path), where=path)
     found = Reported(
@@ -74,7 +77,7 @@ def report(
         spent=history.spent,
         lost=history.lost,
         attempts=history.attempts,
-        written=tuple(_written(history, run, html, png)),
+        written=tuple(_written(history, run, page, picture)),
     )
     output.emit(found, lambda: _screen(history, found), as_json=as_json)
 

@@ -52,3 +52,9 @@ def test_a_run_that_wrote_nothing_down_says_so(tmp_path: Path) -> None:
 
 def test_a_place_that_cannot_be_written_is_an_error(lost: Path, tmp_path: Path) -> None:
     assert "no-such" in refused("report", lost, "--html", tmp_path / "no-such" / "out.html")
+
+
+@pytest.mark.parametrize("option", ["--html", "--png"])
+def test_a_page_is_written_to_this_machine_alone(lost: Path, option: str) -> None:
+    said = refused("report", lost, option, "s3://b/out")
+    assert "must be a local path, not 's3://b/out'" in said
