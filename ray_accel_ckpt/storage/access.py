@@ -37,3 +37,14 @@ def read_file(
         timeout=timeout,
     )
     return bytes(data)
+
+
+def is_file(filesystem: Readable, path: str) -> bool:
+    """Whether a file can be read there: told by one request, for the sake of a message."""
+    try:
+        filesystem.read_into(path, 0, memoryview(bytearray(1)))
+    except EOFError:
+        return True
+    except Exception:  # noqa: BLE001 - whatever a client raises, no file is known to be there
+        return False
+    return True

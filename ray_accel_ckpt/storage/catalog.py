@@ -22,7 +22,7 @@ from ray_accel_ckpt.image.manifest import Manifest, ShardInfo, SliceInfo, manife
 from ray_accel_ckpt.image.pieces import Piece
 from ray_accel_ckpt.image.reader import Snapshot
 from ray_accel_ckpt.image.staged import Staged
-from ray_accel_ckpt.storage.access import READ_TIMEOUT, listed, read_file
+from ray_accel_ckpt.storage.access import READ_TIMEOUT, is_file, listed, read_file
 from ray_accel_ckpt.storage.filesystem import Readable
 from ray_accel_ckpt.storage.reference import ORIGIN, REFERENCE, read_reference
 from ray_accel_ckpt.storage.retry import retried
@@ -123,10 +123,11 @@ def open_snapshot(filesystem: Readable, path: str, *, timeout: float = READ_TIME
                 remedy="use a newer checkpoint, or keep more of them",
             )
     if not _manifests(sizes):
+        why = "the directory is absent, empty, holds something else, or the save was cut off"
         raise NotACheckpointError(
             "not a checkpoint of this library: no manifest there",
             where=path,
-            why="the directory is absent, empty, holds something else, or the save was cut off",
+            why="it is a file" if not sizes and is_file(filesystem, path) else why,
             remedy=_elsewhere(filesystem, path, sizes, timeout)
             or "give the directory that holds manifest-*.json",
         )

@@ -13,7 +13,7 @@ from ray_accel_ckpt.errors import (
 )
 from ray_accel_ckpt.image import manifest as manifests
 from ray_accel_ckpt.image.threads import for_each
-from ray_accel_ckpt.storage.access import listed
+from ray_accel_ckpt.storage.access import is_file, listed
 from ray_accel_ckpt.storage.catalog import Candidate, candidates, open_snapshot
 from ray_accel_ckpt.storage.filesystem import Entry, Readable
 from ray_accel_ckpt.storage.reference import REFERENCE
@@ -100,10 +100,11 @@ def require_run(filesystem: Readable, path: str) -> str:
         remedy = "this is a checkpoint itself: give the directory that it is in"
     elif candidates(filesystem, f"{path}/checkpoints"):
         remedy = f"there are some in {path}/checkpoints"
+    why = "it is a file" if is_file(filesystem, path) else "it is empty, or absent"
     raise NotACheckpointError(
         "no checkpoints there",
         where=path,
-        why=f"it holds {len(entries)} other things" if entries else "it is empty, or absent",
+        why=f"it holds {len(entries)} other things" if entries else why,
         remedy=remedy,
     )
 

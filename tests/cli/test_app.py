@@ -20,7 +20,7 @@ from ray_accel_ckpt.errors import NotACheckpointError
 from ray_accel_ckpt.runtime import listing
 from ray_accel_ckpt.storage import survey
 from tests.cli import runs
-from tests.cli.commands import run, told
+from tests.cli.commands import refused, run, told
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = ["ls", "show", "verify", "diff", "export", "heal", "sweep", "report", "watch-node"]
@@ -203,6 +203,13 @@ def test_where_no_stdout_is_the_exit_status_is_the_answer(digits: Path) -> None:
         ["/bin/bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(("command", "status"), [("ls", 1), ("show", 1), ("verify", 2)])
+def test_a_file_is_told_to_be_one(checkpoint: Path, command: str, status: int) -> None:
+    for file in (next(checkpoint.glob("shard-*")), checkpoint / "empty"):
+        file.touch()
+        assert "why: it is a file" in refused(command, file, status=status)
 
 
 # --- what is printed -----------------------------------------------------------------------

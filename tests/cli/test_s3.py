@@ -208,3 +208,9 @@ def test_a_bucket_that_is_not_there(s3: str, options: list[str]) -> None:
     del s3
     said: Callable[..., str] = refused
     assert "what to do" in said("ls", "s3://nobodys-bucket/run", *options)
+
+
+def test_an_object_is_told_to_be_a_file(run: str, options: list[str]) -> None:
+    for command in ("ls", "show"):
+        said = refused(command, f"s3://{run}/{SNAPSHOT}", *options)
+        assert "it is a file" in said
