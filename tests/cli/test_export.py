@@ -83,6 +83,20 @@ def test_to_accelerate(checkpoint: Path, tmp_path: Path, weights: dict[str, torc
 
 
 @pytest.mark.parametrize("to", To)
+def test_what_was_written_is_told_by_absolute_paths(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for path in document("export", checkpoint, "out", "--to", to)["written"]:
+        assert path.startswith(f"{tmp_path}/out")
+
+
+def test_a_folder_for_accelerate_is_written_to_this_machine_alone(checkpoint: Path) -> None:
+    said = refused("export", checkpoint, "s3://b/out", "--to", "accelerate")
+    assert "must be a local path, not 's3://b/out'" in said
+
+
+@pytest.mark.parametrize("to", To)
 def test_nothing_is_overwritten(checkpoint: Path, tmp_path: Path, to: str) -> None:
     out = tmp_path / "out"
     told("export", checkpoint, out, "--to", to)

@@ -20,6 +20,7 @@ from ray_accel_ckpt.errors import (
 )
 from ray_accel_ckpt.integrations.accelerate import streams
 from ray_accel_ckpt.integrations.accelerate.folder import NewFolder
+from ray_accel_ckpt.location import require_local
 from ray_accel_ckpt.state.parts import RngPart
 from ray_accel_ckpt.state.tree import tensor_refs, unflatten
 from ray_accel_ckpt.storage.opened import StoredTensors, open_stored, part_of
@@ -42,14 +43,16 @@ def to_accelerate(checkpoint: Any, output_dir: str | os.PathLike[str]) -> str:
         output_dir: a new directory of this machine.
 
     Returns:
-        The folder's path.
+        The folder's absolute path.
 
     Raises:
+        ConfigurationError: `output_dir` is a URI.
         CheckpointExistsError: `output_dir` holds something. Nothing is overwritten.
         UnsupportedStateError: a model with extra state, which is no tensor.
         CorruptCheckpointError, NotACheckpointError, FormatVersionError: see `open_checkpoint`.
         StorageError: it could not be written.
     """
+    directory = require_local(output_dir, name="the folder")
     snapshot, fetch = open_stored(checkpoint)
 
     def state(name: str, rank: int = 0) -> Any:
@@ -64,7 +67,7 @@ def to_accelerate(checkpoint: Any, output_dir: str | os.PathLike[str]) -> str:
         for kind in ("model", "optimizer", "scheduler", "scaler", "object")
     }
     step = state("accelerator")["step"] if "accelerator" in parts else 0
-    with _appearing(Path(output_dir)) as path:
+    with _appearing(directory) as path:
         folder = NewFolder(path=path)
         for i, name in enumerate(of_kind["model"]):
             folder.model(i, _once(state(name), name))
@@ -78,7 +81,7 @@ def to_accelerate(checkpoint: Any, output_dir: str | os.PathLike[str]) -> str:
             folder.random_states(rank, streams.to_theirs(state(RngPart.name, rank), step=step))
         for i, name in enumerate(of_kind["object"]):
             folder.object(i, state(name))
-    return str(output_dir)
+    return str(directory)
 
 
 def _once(state: Mapping[str, Any], part: str) -> dict[str, torch.Tensor]:
