@@ -303,6 +303,9 @@ def test_a_run_that_has_ended_does_nothing_more(tmp_path: Path) -> None:
         assert checkpoints(where) == saved
         assert output.training_loss > 0
         before = open_checkpoint(where / "checkpoints" / saved[-1])
+        log = json.loads(before.state_dict("trainer")["log_history"])
+        assert trainer.state.log_history == log
+        assert "train_runtime" in log[-1]
         assert digest(before.state_dict("model")) == digest(trainer.model)
 
 

@@ -202,10 +202,14 @@ class _Checkpointed(Trainer):  # type: ignore[misc]
             run.ckpt.step(run.metrics)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        if self._run.streams is not None:
-            # A finished run that was started again: no epoch has set them.
-            self._run.set_losses()
-        return super()._finalize_training(*args, **kwargs)
+        if self._run.streams is None:
+            return super()._finalize_training(*args, **kwargs)
+        # A finished run that was started again: no epoch has set them, and its end is in the log.
+        self._run.set_losses()
+        log = list(self.state.log_history)
+        output = super()._finalize_training(*args, **kwargs)
+        self.state.log_history = log
+        return output
 
 
 @contextlib.contextmanager
