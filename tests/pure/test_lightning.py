@@ -23,6 +23,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from ray_accel_ckpt import Checkpointer, errors, open_checkpoint
 from ray_accel_ckpt.image import copies
 from ray_accel_ckpt.integrations.lightning import CheckpointerCallback
+from ray_accel_ckpt.storage.filesystem import resolve
+from ray_accel_ckpt.storage.journal import read_events
 from tests.pure.helpers import (
     OPTIONS,
     KilledError,
@@ -297,6 +299,11 @@ def test_a_fit_that_has_ended_does_nothing_more(tmp_path: Path, callbacks: list[
     assert again.global_step == first.global_step
     assert checkpoints(tmp_path) == saved
     assert digest(again.lightning_module) == digest(first.lightning_module)
+    assert "val" in again.callback_metrics
+    assert digest(again.callback_metrics) == digest(first.callback_metrics)
+    # For the report: an attempt that has ended is not lost.
+    events = read_events(*resolve(tmp_path / "checkpoints"))
+    assert [event.kind for event in events].count("end") == 2
     assert not list((tmp_path / "lightning").rglob("*.ckpt"))
 
 

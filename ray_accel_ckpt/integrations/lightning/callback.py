@@ -53,6 +53,10 @@ class CheckpointerCallback(Checkpoint):  # type: ignore[misc]
         if self._state is not None:
             self._state.end()
 
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and self._state is not None:
+            self._state.teardown()
+
 
 def _refuse(trainer: Trainer, module: LightningModule, ckpt: Checkpointer) -> None:
     """Raise `ConfigurationError` for what cannot be done exactly."""

@@ -116,6 +116,10 @@ class FitState:
         self._count()
         self._ckpt.finish()
 
+    def teardown(self) -> None:
+        """The fit is over. If no batch was asked for, nothing has set this since."""
+        self._logged.set()
+
     def _prepared(self, loader: Any) -> Batches:
         if not isinstance(loader, DataLoader) or not _has_length(loader):
             raise ConfigurationError(
@@ -180,6 +184,9 @@ class FitState:
         elif not fit_loop.done:
             # More epochs are asked for than there were: the next one is new.
             _not_restarting(fit_loop)
+        else:
+            # Lightning leaves at once, and tells nobody of an end.
+            self.end()
 
     def _go_on_as_if_nothing_had_been(self) -> None:
         """Restarting, Lightning skips what it thinks was done before the save, or
