@@ -49,7 +49,7 @@ def test_a_script_that_is_killed_goes_on_as_the_page_shows(tmp_path: Path) -> No
 
     (died, before), (resumed, after), (_, listed) = printed
     assert (died, resumed) == ("python train.py --die", "python train.py")
-    assert re.match(r"resumed at step [1-7]0\n", after)
+    assert re.match(r"resumed at step [567]0\n", after)
     assert listed.count(" good ") == 3
     # The epochs of both lives are those of a run that was never killed.
     (tmp_path / "whole.py").write_text(code.replace("runs/script", "runs/whole"))
