@@ -315,7 +315,6 @@ def _after(times: int, done: Callable[[], None]) -> Callable[[], None]:
 def _check_plan(session: Session, plan: str) -> None:
     if session.plan_checked:
         return
-    session.plan_checked = True
     plans = session.group.gather(plan)
     differing = [rank for rank, other in enumerate(plans) if other != plans[0]]
     if differing:
@@ -324,3 +323,4 @@ def _check_plan(session: Session, plan: str) -> None:
             why=f"names, shapes or dtypes on rank {differing[0]} differ from rank 0's",
             remedy="build the same model on every worker; register what differs with per_rank=True",
         )
+    session.plan_checked = True

@@ -80,11 +80,12 @@ def test_killed_workers_end_with_the_same_bits(
 def _uneven_models(rank: int, world_size: int, directory: Path) -> None:
     ckpt = _checkpointer(directory, 1)
     ckpt.prepare(nn.Linear(4, 4 + rank).requires_grad_(False))
-    with pytest.raises(errors.StateMismatchError, match="do not train the same model"):
-        ckpt.save_state(directory / "explicit")
+    for name in ("explicit", "again"):
+        with pytest.raises(errors.StateMismatchError, match="do not train the same model"):
+            ckpt.save_state(directory / name)
 
 
-def test_workers_with_different_models_are_refused_at_the_first_save(tmp_path: Path) -> None:
+def test_workers_with_different_models_are_refused_at_each_save(tmp_path: Path) -> None:
     spawn(_uneven_models, 2, tmp_path)
 
 
