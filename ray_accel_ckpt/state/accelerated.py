@@ -140,13 +140,19 @@ class _Followed:
     def batches(self, cursor: Cursor) -> Iterator[Served]:
         loader, iteration = self._loader, self._loader.iteration
         noted: deque[tuple[int, Any]] = deque()
-        self._base.batches = self._read(replace(cursor), noted)
+        self._base.batches = this = self._read(replace(cursor), noted)
         tail = self._odd_tail(cursor)
-        with self._entering(inside=cursor.consumed > 0):
-            for batch in self._serve(loader):
-                if tail is not None:
-                    loader.remainder = tail
-                yield Served(batch=batch, consumed=self._consumed(cursor, noted))
+        try:
+            with self._entering(inside=cursor.consumed > 0):
+                for batch in self._serve(loader):
+                    if tail is not None:
+                        loader.remainder = tail
+                    yield Served(batch=batch, consumed=self._consumed(cursor, noted))
+        finally:
+            # Accelerate takes a loader that was left by `break` for the active one ever after:
+            # whether training is at its last batch would hang on what this process once left.
+            if self._base.batches is this:
+                loader.end()
         # Accelerate does not count a pass in which nothing was left.
         loader.iteration = iteration + 1
 

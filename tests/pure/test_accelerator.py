@@ -227,6 +227,52 @@ def test_an_evaluation_inside_an_epoch_is_resumed_too(tmp_path: Path) -> None:
     assert life(load=False) == life(load=True)
 
 
+def test_an_evaluation_that_was_left_does_not_decide_when_training_steps(tmp_path: Path) -> None:
+    """A window ends with the epoch, also in a process that once broke out of another loader."""
+
+    def life(resumed_at: int) -> list[bool]:
+        reset()
+        seed_everything(3)
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=3)
+        loader, held_out = accelerator.prepare(
+            by_index(), DataLoader(range(SAMPLES), batch_size=5, shuffle=True)
+        )
+        ckpt = Checkpointer.from_accelerator(accelerator)
+        if resumed_at:
+            ckpt.load_state(tmp_path / str(resumed_at))
+        stepped = []
+        for _ in ckpt.epochs(2):
+            for _ in loader:
+                with accelerator.accumulate():
+                    stepped.append(accelerator.sync_gradients)
+                if ckpt.global_step % 3 == 0:
+                    left = iter(held_out)
+                    next(left)
+                    del left
+                ckpt.step()
+                if not resumed_at:
+                    ckpt.save_state(tmp_path / str(ckpt.global_step))
+        return stepped
+
+    whole = life(0)
+    assert whole == [False, False, True, False, False, True, False, True] * 2
+    for step in (3, 5, 8, 12):
+        assert life(step) == whole[step:]
+
+
+def test_a_pass_that_is_dropped_in_the_next_one_leaves_that_active() -> None:
+    accelerator, _, _, loader = _held()
+    Checkpointer.from_accelerator(accelerator)
+    dropped = iter(loader)
+    next(dropped)
+    batches = iter(loader)
+    next(batches)
+    del dropped
+    assert accelerator.gradient_state.active_dataloader is loader
+    list(batches)
+    assert accelerator.gradient_state.active_dataloader is None
+
+
 def test_hooks_and_objects_of_one_class_are_adopted(tmp_path: Path) -> None:
     accelerator, model, *_ = _held()
     one, other = Meter(), Meter()
