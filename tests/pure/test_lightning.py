@@ -13,10 +13,12 @@ import pytest
 import torch
 import torchmetrics
 from lightning.pytorch.callbacks import (
+    BaseFinetuning,
     Callback,
     EarlyStopping,
     EMAWeightAveraging,
     LearningRateFinder,
+    StochasticWeightAveraging,
 )
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -351,6 +353,11 @@ class Manual(Net):
         self.automatic_optimization = False
 
 
+class Unfreezes(BaseFinetuning):
+    def freeze_before_training(self, pl_module: Net) -> None:
+        self.freeze(pl_module.net[0])
+
+
 class Endless(IterableDataset[int]):
     def __iter__(self) -> Iterator[int]:
         return itertools.count()
@@ -363,6 +370,8 @@ class Endless(IterableDataset[int]):
         (Net, {"reload_dataloaders_every_n_epochs": 1}, "leave it out"),
         (Net, {"overfit_batches": 1}, "leave it out"),
         (Net, {"callbacks": [LearningRateFinder()]}, "in a fit of its own"),
+        (Net, {"callbacks": [StochasticWeightAveraging(0.1)]}, "use WeightAveraging"),
+        (Net, {"callbacks": [Unfreezes()]}, "all parameters from the beginning"),
     ],
 )
 def test_what_cannot_be_exact_is_refused(

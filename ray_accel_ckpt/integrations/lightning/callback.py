@@ -5,7 +5,13 @@ from __future__ import annotations
 from datetime import timedelta
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import BatchSizeFinder, Checkpoint, LearningRateFinder
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    BatchSizeFinder,
+    Checkpoint,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from ray_accel_ckpt.checkpointer import Checkpointer
@@ -87,6 +93,17 @@ def _refuse(trainer: Trainer, module: LightningModule, ckpt: Checkpointer) -> No
         "a callback that tries values out": (
             any(isinstance(c, (BatchSizeFinder, LearningRateFinder)) for c in trainer.callbacks),
             "find the value in a fit of its own, and give it",
+        ),
+        # What they put in is not part of the state, nor there when a state is loaded.
+        "StochasticWeightAveraging, which puts a schedule of its own in": (
+            any(isinstance(c, StochasticWeightAveraging) for c in trainer.callbacks),
+            "use WeightAveraging, and return a torch.optim.swa_utils.SWALR from "
+            "configure_optimizers",
+        ),
+        "a finetuning callback, which adds groups to the optimizer": (
+            any(isinstance(c, BaseFinetuning) for c in trainer.callbacks),
+            "give the optimizer all parameters from the beginning, and set requires_grad of those "
+            "that wait in on_train_batch_start",
         ),
         "overfit_batches": (trainer.overfit_batches > 0, "leave it out"),
         "a val_check_interval of time": (
