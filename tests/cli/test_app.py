@@ -197,8 +197,8 @@ def test_a_reader_that_goes_away_is_no_error(digits: Path) -> None:
     assert done.stderr == ""
 
 
-def test_where_no_stdout_is_the_exit_status_is_the_answer(digits: Path) -> None:
-    command = f"{sys.executable} -m ray_accel_ckpt.cli verify {digits} >&-"
+def test_where_no_stdout_is_the_exit_status_is_the_answer(checkpoint: Path) -> None:
+    command = f"{sys.executable} -m ray_accel_ckpt.cli verify {checkpoint} >&-"
     done = subprocess.run(
         ["/bin/bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False
     )
