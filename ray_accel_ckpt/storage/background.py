@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from queue import SimpleQueue
 
+import ray_accel_ckpt.storage.journal  # noqa: F401 - so that it is called after us at the end
 from ray_accel_ckpt.image.image import Image
 from ray_accel_ckpt.storage.filesystem import Filesystem
 from ray_accel_ckpt.storage.writer import refuse_overwriting, write_image

@@ -13,6 +13,7 @@ lost of it is missing from reports, and from nothing else.
 from __future__ import annotations
 
 import atexit
+import concurrent.futures.thread  # noqa: F401 - so that it asks to be called before us
 import json
 import logging
 import math
@@ -102,7 +103,7 @@ class Journal:
             target=self._run, name="ray_accel_ckpt-journal", daemon=True
         )
         self._thread.start()
-        atexit.register(self._exit)
+        _RUNNING.add(self)
 
     def add(self, kind: str, **fields: Any) -> None:
         """Write down an event of now, soon. What is not JSON in it is written as its text."""
@@ -126,9 +127,19 @@ class Journal:
             self._closed = True
             self._changed.notify_all()
 
-    def _exit(self) -> None:
-        self.close()
-        self._thread.join(_PATIENCE)
+    def leave(self) -> None:
+        """Write what there is, with patience: the process is going to end.
+
+        Not in a forked child, where the thread is none and the lock may be held for ever.
+        """
+        if self._thread.is_alive():
+            self.flush(_PATIENCE)
+
+    def join(self) -> None:
+        """Write what there is, with patience, and end."""
+        if self._thread.is_alive():
+            self.close()
+            self._thread.join(_PATIENCE)
 
     def _run(self) -> None:
         while True:
@@ -149,7 +160,7 @@ class Journal:
                 self._failed = True
                 if not quiet:
                     self._given_up()
-        atexit.unregister(self._exit)
+        _RUNNING.discard(self)
 
     def _given_up(self) -> None:
         """What is not written stays, and is tried again with the next event."""
@@ -181,6 +192,25 @@ class Journal:
                 del self._lines[:count]
                 self._part += 1
             self._changed.notify_all()
+
+
+_RUNNING: set[Journal] = set()
+
+
+def _flush_all() -> None:
+    for journal in list(_RUNNING):
+        journal.leave()
+
+
+@atexit.register
+def _await_all() -> None:
+    for journal in list(_RUNNING):
+        journal.join()
+
+
+# Before `atexit`, when thread pools, which storage needs, still take work; after `background`,
+# whose last saves are to be told of.
+threading._register_atexit(_flush_all)  # type: ignore[attr-defined]
 
 
 def beside(directory: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import subprocess
 import sys
 import threading
@@ -175,3 +176,59 @@ for n in range(50):
     found = _told(read_events(LocalFilesystem(), str(tmp_path)))
     assert found == [("save", n) for n in range(50)]
     assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_at_the_end_of_the_process_the_last_save_is_told_though_thread_pools_are_closed(
+    tmp_path: Path,
+) -> None:
+    """Filesystems of fsspec need one for new connections."""
+    script = """
+import sys, time
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from ray_accel_ckpt import Checkpointer, EverySteps, ProjectConfiguration
+from ray_accel_ckpt.storage.filesystem import LocalFilesystem
+
+write = LocalFilesystem.write
+
+def pooled(*arguments):
+    time.sleep(0.5)
+    with ThreadPoolExecutor() as pool:
+        pool.submit(write, *arguments).result()
+
+LocalFilesystem.write = pooled
+project = ProjectConfiguration(sys.argv[1], automatic_checkpoint_naming=True)
+ckpt = Checkpointer(save=EverySteps(1), project_config=project)
+ckpt.prepare(torch.nn.Linear(1, 1))
+ckpt.step()
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert "not written down" not in ended.stderr
+    events = read_events(LocalFilesystem(), f"{tmp_path}/checkpoints")
+    assert [event.kind for event in events] == ["start", "save", "durable"]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_child_does_not_wait_for_its_parent_s_journal(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(journals, "_PATIENCE", 600.0)
+    answers = threading.Event()
+
+    def place() -> tuple[MemoryFilesystem, str]:
+        assert answers.wait(60)
+        return MemoryFilesystem(), "run"
+
+    journal = Journal(place, writer="abcdef")
+    journal.add("save", n=1)
+    child = multiprocessing.get_context("fork").Process(target=int)
+    child.start()
+    child.join(30)
+    code = child.exitcode
+    child.kill()
+    answers.set()
+    journal.close()
+    assert code == 0
