@@ -11,7 +11,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export RAY_DEDUP_LOGS := 1
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: demo demo-elastic demo-tune test test-all lint docs browser pure gloo ray-tests long-tests chaos chaos-tests examples benchmark-save-stall benchmark-ray-stall benchmark-restore benchmark-recovery benchmark-goodput benchmark-growth clean
+.PHONY: demo demo-elastic demo-tune test test-all lint docs browser pure gloo ray-tests long-tests chaos chaos-tests examples benchmark-save-stall benchmark-ray-stall benchmark-restore benchmark-recovery benchmark-goodput benchmark-growth benchmark-gpu-stall clean
 
 demo: $(STAMP)
 	$(RUN) examples/resume_digits.py
@@ -98,6 +98,9 @@ benchmark-restore: $(STAMP)
 
 benchmark-growth: $(STAMP)
 	$(RUN) benchmarks/growth.py $(ARGS)
+
+benchmark-gpu-stall: $(STAMP)
+	$(RUN) benchmarks/gpu_stall.py $(ARGS)
 
 $(STAMP):
 	rm -rf $(VENV)
