@@ -88,6 +88,7 @@ class PreparedLoader:
         self.loss_weight, self.padding = 1.0, False
         self.began = self.handed_out = self.over = self._passes = self._loaded_at = 0
         self.left = False
+        self._loaded: dict[str, Any] = {}
         self._loader = loader
         self._device = device
         self._world_size = world_size
@@ -125,6 +126,10 @@ class PreparedLoader:
         self.cursor.begin()
         self.cursor.consumed = self._source.position(self.cursor, num_batches)
         return self._pass()
+
+    def reenter(self) -> None:
+        """The next pass is the one that was loaded, whatever was looked at since."""
+        self.cursor.load(self._loaded)
 
     def in_flight(self, since: int = 0) -> bool:
         """A pass has begun after `since` (or was resumed into) and not ended."""
@@ -177,14 +182,7 @@ class PreparedLoader:
         if this < self._loaded_at:
             return False
         if this != self._passes:
-            raise ConfigurationError(
-                f"a pass over loader {self.name!r} is gone on with after another has begun",
-                why="iter() was called on the loader while this pass was under way; which samples "
-                "it had handed out is no longer known",
-                remedy="prepare a second DataLoader of the same dataset for what looks at batches "
-                "beside the loop (next(iter(loader)), zip(loader, loader), an evaluation on the "
-                "training data)",
-            )
+            raise another_has_begun(self.name)
         return True
 
     # --- as a part of the bundle -------------------------------------------------------
@@ -223,6 +221,7 @@ class PreparedLoader:
 
     def apply(self, state: Any) -> None:
         self.cursor.load(state)
+        self._loaded = state
         self.loss_weight, self.padding = 1.0, False
         # What passes of before were doing is over, iterators that somebody still holds too.
         self.began = self.handed_out = self.over = 0
@@ -238,6 +237,18 @@ class PreparedLoader:
             ElasticDataError: the data cannot be dealt out to another number of workers.
         """
         return SavedPart(kind=self.kind, value=self._source.dealt_anew(saved), tensors={})
+
+
+def another_has_begun(name: str) -> ConfigurationError:
+    """What a pass that another over the same loader has replaced raises when it is gone on with."""
+    return ConfigurationError(
+        f"a pass over loader {name!r} is gone on with after another has begun",
+        why="iter() was called on the loader while this pass was under way; which samples "
+        "it had handed out is no longer known",
+        remedy="prepare a second DataLoader of the same dataset for what looks at batches "
+        "beside the loop (next(iter(loader)), zip(loader, loader), an evaluation on the "
+        "training data)",
+    )
 
 
 def _moved(batch: Any, device: torch.device) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -225,6 +226,33 @@ def assert_survives(directory: Path, *kills: dict[str, Any], **options: Any) -> 
 @pytest.mark.parametrize("setup", SETUPS)
 def test_killed_in_the_middle_of_an_epoch(tmp_path: Path, setup: str) -> None:
     assert_survives(tmp_path, {"die_at": 5}, {"die_at": 9}, **SETUPS[setup])
+
+
+class Looks(TrainerCallback):
+    """At batches of the train loader, and of another one like it."""
+
+    trainer: Trainer
+
+    def on_train_begin(self, *_: Any, train_dataloader: Any, **__: Any) -> None:
+        next(iter(train_dataloader))
+
+    def on_epoch_end(self, *_: Any, train_dataloader: Any, **__: Any) -> None:
+        next(iter(train_dataloader))
+        next(iter(self.trainer.get_train_dataloader()))
+
+
+def test_what_callbacks_look_at_is_no_part_of_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = trainer_of
+
+    def known(*args: Any, **options: Any) -> Trainer:
+        trainer = made(*args, **options)
+        monkeypatch.setattr(Looks, "trainer", trainer, raising=False)
+        return trainer
+
+    monkeypatch.setattr(sys.modules[__name__], "trainer_of", known)
+    assert_survives(tmp_path, {"die_at": 5}, {"die_at": 9}, callbacks=[Looks], every=1)
 
 
 def test_saving_changes_nothing(tmp_path: Path) -> None:

@@ -40,9 +40,12 @@ class Batches(IterableDataset[Any]):
     @contextlib.contextmanager
     def resumed(self, skipped: int) -> Iterator[None]:
         """The next pass is the one that was resumed into, `skipped` batches into its epoch."""
+        # A callback may have looked at a batch since it was loaded.
+        self.loader.reenter()
         rest = iter(self.loader)
         self._resumed = itertools.chain(itertools.repeat(None, skipped), rest)
         yield
         # It is over now, also if nothing was left of it, or Trainer was to stop.
         self._resumed = None
-        next(rest, None)
+        if self.loader.in_flight():
+            next(rest, None)

@@ -33,7 +33,7 @@ class Run:
         self.updates_per_epoch: int | None = None
         self.grad_norm: torch.Tensor | float | None = None
         self.learning_rate: float | None = None
-        self.epoch_began = 0
+        self.epochs = self.epoch_began = 0
         self.ended = False
         self.share = Share(trainer)
         self.loaded: dict[str, Any] | None = None
@@ -52,6 +52,8 @@ class Run:
             "logged_at": trainer._globalstep_last_logged,
             "grad_norm": self.grad_norm,
             "learning_rate": self.learning_rate,
+            # Not the passes over the loader: a callback may have made some of its own.
+            "epochs": self.epochs,
             "epoch_began": self.epoch_began,
             "epoch_stopped": control.should_epoch_stop and not self.ended,
             "stopped": control.should_training_stop and state.global_step < state.max_steps,
@@ -69,6 +71,7 @@ class Run:
         if not self.ckpt.load_state() or self.loaded is None:
             return None
         self._require_the_same_steps(self.loaded)
+        self.epochs = self.loaded["epochs"]
         # Much may draw before the first step of this life.
         self.streams = rng.capture()
         state = self._trainer.state

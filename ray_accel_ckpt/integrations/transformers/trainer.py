@@ -78,7 +78,8 @@ class _Checkpointed(Trainer):  # type: ignore[misc]
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         run = self._run
-        if not self.is_in_train:
+        if not self.is_in_train or run.batches is not None:
+            # For what a callback looks at: no part of the state, which a new life does not have.
             return cast(DataLoader[Any], super().get_train_dataloader())
         with _undealt(self.accelerator):
             loader = super().get_train_dataloader()
@@ -120,9 +121,9 @@ class _Checkpointed(Trainer):  # type: ignore[misc]
         if saved is None:
             return 0, 0
         if saved["ended"]:
-            return (num_train_epochs if run.stopped() else run.ckpt.epoch), 0
+            return (num_train_epochs if run.stopped() else run.epochs), 0
         updates = self.state.global_step - saved["epoch_began"]
-        return run.ckpt.epoch, updates * self.args.gradient_accumulation_steps
+        return run.epochs - 1, updates * self.args.gradient_accumulation_steps
 
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: DataLoader[Any], resume_from_checkpoint: None
@@ -159,6 +160,7 @@ class _Checkpointed(Trainer):  # type: ignore[misc]
     def _run_epoch(self, **kwargs: Any) -> None:
         run, steps = self._run, kwargs["steps_trained_in_current_epoch"]
         streams, run.streams = run.streams, None
+        run.epochs = kwargs["epoch"] + 1
         if streams is None or run.batches is None:
             run.epoch_began = self.state.global_step
             super()._run_epoch(**kwargs)
