@@ -223,6 +223,27 @@ def test_killed_in_the_middle_of_an_epoch(tmp_path: Path, setup: str) -> None:
     assert_survives(tmp_path, *({"die_at": step} for step in steps), **SETUPS[setup])
 
 
+class Looks(Callback):
+    """At a batch of the train loader."""
+
+    def __init__(self, on: str) -> None:
+        setattr(self, on, self._look)
+
+    def _look(self, trainer: Any, *_: Any) -> None:
+        next(iter(trainer.train_dataloader))
+
+
+@pytest.mark.parametrize("on", ["on_train_start", "on_train_epoch_end"])
+def test_what_callbacks_look_at_is_no_part_of_training(tmp_path: Path, on: str) -> None:
+    looks = [lambda: Looks(on)]
+    assert_survives(tmp_path, {"die_at": 4}, {"die_at": 10}, callbacks=looks, every=1)
+
+
+def test_a_look_inside_an_epoch_does_not_end_it(tmp_path: Path) -> None:
+    with pytest.raises(errors.ConfigurationError, match="after another has begun"):
+        fit(tmp_path, Looks("on_train_batch_end"))
+
+
 def test_saving_changes_nothing(tmp_path: Path) -> None:
     often = life(tmp_path / "often", every=1)
     assert often == life(tmp_path / "never", every=1000)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ray_accel_ckpt.state.loader import PreparedLoader
+from ray_accel_ckpt.state.loader import PreparedLoader, another_has_begun
 
 
 class Batches:
@@ -39,6 +39,11 @@ class Batches:
             self._pass.close()  # type: ignore[attr-defined]
             self._pass = None
 
+    def reenter(self) -> None:
+        """The next pass is the one that was loaded, whatever was looked at since."""
+        self.end()
+        self.loader.reenter()
+
     def first(self) -> Iterator[Any]:
         """Begin a pass; what is between it and the one before belongs to neither."""
         self.end()
@@ -47,6 +52,12 @@ class Batches:
         return self._pass
 
     def next_of(self, batches: Iterator[Any]) -> Any:
+        """
+        Raises:
+            ConfigurationError: a hook has begun another pass meanwhile.
+        """
+        if batches is not self._pass:
+            raise another_has_begun(self.loader.name)
         self._between()
         return next(batches)
 

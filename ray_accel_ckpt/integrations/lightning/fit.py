@@ -31,7 +31,7 @@ class FitState:
         self._logged = Logged(trainer)
         self._batches: Batches | None = None
         self._counted = 0
-        self._ended = False
+        self._ended = self._resuming = False
         self._loaded: dict[str, Any] | None = None
         self._streams: dict[str, Any] | None = None
 
@@ -135,6 +135,9 @@ class FitState:
 
     def _between(self) -> None:
         """Between two batches: what is saved here is whole, and what is loaded begins here."""
+        if self._resuming:
+            # A hook looks at a batch, before the epoch goes on.
+            return
         if self._streams is not None:
             self._logged.set()
             # Much may have drawn since they were loaded.
@@ -194,9 +197,13 @@ class FitState:
         fit_loop = self._trainer.fit_loop
         epoch_loop = fit_loop.epoch_loop
         begin = epoch_loop.on_run_start
+        self._resuming = True
 
         def begun(fetcher: Any) -> None:
             begin(fetcher)
+            self._resuming = False
+            if self._batches is not None:
+                self._batches.reenter()
             del epoch_loop.on_run_start
             _not_restarting(fit_loop)
 
