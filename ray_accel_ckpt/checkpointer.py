@@ -428,6 +428,7 @@ class Checkpointer:
         """
         require_metrics(metrics)
         self._global_step += 1
+        self._watch.stepped()
         self._last_metrics = metrics
         if self._heartbeat.after_step(self._global_step):
             self._save(self._sink(), metrics)

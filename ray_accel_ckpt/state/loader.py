@@ -60,6 +60,8 @@ class PreparedLoader:
         padding: the latest batch is a copy of what another worker has.
         began, handed_out, over: ticks at which the latest pass began, handed out a batch,
             and ended.
+        trains: steps have been counted in its passes, or it was loaded inside of one.
+        empty: the latest pass had ended before the state was saved that was loaded.
         left: the loop went out of the latest pass before its end: by `break`, or by an
             exception.
 
@@ -87,7 +89,7 @@ class PreparedLoader:
         self.cursor = Cursor(seed=seed)
         self.loss_weight, self.padding = 1.0, False
         self.began = self.handed_out = self.over = self._passes = self._loaded_at = 0
-        self.left = False
+        self.left = self.empty = self.trains = False
         self._loaded: dict[str, Any] = {}
         self._loader = loader
         self._device = device
@@ -133,8 +135,12 @@ class PreparedLoader:
 
     def in_flight(self, since: int = 0) -> bool:
         """A pass has begun after `since` (or was resumed into) and not ended."""
-        under_way = self.cursor.started and not self.cursor.ended and self.began >= since
-        return under_way or self.cursor.resumed
+        return self.under_way(since) or self.cursor.resumed
+
+    def under_way(self, since: int = 0) -> bool:
+        """A pass has begun after `since` in this process and not ended."""
+        cursor = self.cursor
+        return cursor.started and not (cursor.ended or cursor.resumed) and self.began >= since
 
     def ended_since(self, tick: int) -> bool:
         """A pass ended after `tick`."""
@@ -146,7 +152,7 @@ class PreparedLoader:
 
     def _pass(self) -> Iterator[Any]:
         self._passes += 1
-        self.began, self.left = next_tick(), False
+        self.began, self.left, self.empty = next_tick(), False, self.cursor.spent
         return self._batches(self._passes)
 
     def _batches(self, this: int) -> Iterator[Any]:
@@ -222,6 +228,7 @@ class PreparedLoader:
     def apply(self, state: Any) -> None:
         self.cursor.load(state)
         self._loaded = state
+        self.trains |= self.cursor.started and not self.cursor.spent
         self.loss_weight, self.padding = 1.0, False
         # What passes of before were doing is over, iterators that somebody still holds too.
         self.began = self.handed_out = self.over = 0

@@ -49,14 +49,25 @@ class EpochWatch:
             for loader in left:
                 loader.cursor.ended = True
 
+    def stepped(self) -> None:
+        """A step is counted: in the passes under way, or for those that have ended."""
+        loaders, began = list(self._loaders()), self._epoch_began()
+        under_way = [loader for loader in loaders if loader.under_way(began)]
+        for loader in under_way or [each for each in loaders if each.ended_since(began)]:
+            loader.trains = True
+
     def done(self) -> bool:
         """The data of this epoch is gone through: a save now belongs to the next epoch.
 
         The last batch's own `step` is still inside the pass, so that what the
         loop does between its last batch and the next epoch is done on resuming.
+        An evaluation before the training of an epoch is not its data, as soon as it
+        is known which loaders are trained on.
         """
         loaders, began = list(self._loaders()), self._epoch_began()
-        ended = any(loader.ended_since(began) for loader in loaders)
+        trained = [loader for loader in loaders if loader.trains]
+        # One that is gone through again, empty, had ended when more of the epoch was to come.
+        ended = any(o.ended_since(began) and not o.empty for o in trained or loaders)
         return ended and not any(loader.in_flight(began) for loader in loaders)
 
     def replayed(self) -> list[str]:

@@ -124,6 +124,22 @@ def save_within_evaluation(ckpt: Checkpointer, ready: list[Any], note: Any) -> N
     note("evaluated")
 
 
+def save_between_evaluation_and_training(ckpt: Checkpointer, ready: list[Any], note: Any) -> None:
+    for event in served(ready[2], "eval"):
+        note(event)
+    note("save")
+    for event in served(ready[0], "train"):
+        note(event)
+        ckpt.step()
+
+
+def step_once_an_epoch(ckpt: Checkpointer, ready: list[Any], note: Any) -> None:
+    for event in served(ready[0], "train"):
+        note(event)
+    ckpt.step()
+    note("save")
+
+
 def save_at_the_end(ckpt: Checkpointer, ready: list[Any], note: Any) -> None:
     for event in served(ready[0], "train"):
         note(event)
@@ -156,9 +172,25 @@ def test_a_resumed_run_does_the_rest(tmp_path: Path, body: Body, save: int) -> N
     rest_after(tmp_path, body, save)
 
 
+def test_an_evaluation_that_comes_first_is_not_the_data_of_the_epoch(tmp_path: Path) -> None:
+    """Known from the first step on; and in a run that dies again before it has made one."""
+    body = save_between_evaluation_and_training
+    whole = events(tmp_path / "whole", body)
+    saves = [n for n, event in enumerate(whole, start=1) if event == "save"]
+    lives = [events(tmp_path / "killed", body, die_after=saves[1])]
+    lives += [events(tmp_path / "killed", body, die_after=2) for _ in range(2)]
+    assert [life[-1] for life in lives] == ["save"] * 3
+    lives.append(events(tmp_path / "killed", body))
+    happened = [event for life in lives for event in life]
+    assert of(happened, "train", "eval") == of(whole, "train", "eval")
+
+
+@pytest.mark.parametrize("body", [save_at_the_end, step_once_an_epoch])
 @pytest.mark.parametrize("save", [0, 1, 2])
-def test_a_save_after_all_data_belongs_to_the_next_epoch(tmp_path: Path, save: int) -> None:
-    rest_after(tmp_path, save_at_the_end, save)
+def test_a_save_after_all_data_belongs_to_the_next_epoch(
+    tmp_path: Path, save: int, body: Body
+) -> None:
+    rest_after(tmp_path, body, save)
 
 
 @pytest.mark.parametrize("body", [train, train_then_evaluate, evaluate_while_training])
@@ -370,3 +402,30 @@ def test_a_loop_that_goes_back_makes_all_that_came_after(
     again = seen[0][before:]
     assert seen[1][: len(again)] == again
     assert ckpt.global_step == 16
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_an_evaluation_after_going_back_leaves_out_no_epoch(tmp_path: Path, left: bool) -> None:
+    """As where a loss is no number: go back, leave the pass, evaluate as after any other."""
+    ckpt = checkpointer(tmp_path, every=10**9)
+    first, _, last = loaders(ckpt)
+    seen: list[tuple[int, list[int]]] = []
+    paths: list[str] = []
+    gone_back = False
+    for epoch in ckpt.epochs(4):
+        for number, batch in enumerate(first):
+            ckpt.step()
+            seen.append((epoch, batch.tolist()))
+            if (epoch, number) == (2, 1) and not gone_back and left:
+                gone_back, before = True, list(seen)
+                ckpt.load_state(paths[0])
+                break
+        if epoch == 2 and not gone_back:
+            gone_back, before = True, list(seen)
+            ckpt.load_state(paths[0])
+        if epoch == 0:
+            paths.append(ckpt.save_state())
+        list(last)
+    again = seen[len(before) :]
+    assert [epoch for epoch, _ in again] == [*[1] * 4, *[2] * 4, *[3] * 4]
+    assert again[: len(before) - 4] == before[4:]
