@@ -348,6 +348,9 @@ class Checkpointer:
         return self._epochs(whole_number("num_epochs", num_epochs, least=0, remedy=_EPOCHS))
 
     def _epochs(self, num_epochs: int) -> Iterator[int]:
+        if self._in_epochs and self._watch.done():
+            # A loop before this one was left by `break` in an epoch whose data was gone through.
+            self._epoch += 1
         self._in_epochs = True
         while self._epoch < num_epochs:
             self._watch.begin()

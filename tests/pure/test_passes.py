@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -268,6 +269,31 @@ def test_an_iterator_held_over_epochs_keeps_no_epoch_open(tmp_path: Path) -> Non
     first, *_ = loaders(again)
     assert again.load_state()
     assert [(epoch, len(list(first))) for epoch in again.epochs(EPOCHS)] == [(2, 4)]
+
+
+@pytest.mark.parametrize("batches", [0, 2, 4])
+def test_a_loop_after_one_that_was_left_begins_where_a_resumed_one_does(
+    tmp_path: Path, batches: int
+) -> None:
+    """With the next epoch, unless the one that was left had no data yet."""
+
+    def rest(ckpt: Checkpointer, loader: Any) -> list[tuple[int, list[int]]]:
+        return [(epoch, b.tolist()) for epoch in ckpt.epochs(EPOCHS) for b in loader]
+
+    ckpt = checkpointer(tmp_path, every=10**9)
+    loader = loaders(ckpt)[0]
+    for epoch in ckpt.epochs(EPOCHS):
+        if epoch == 0 or batches:
+            list(itertools.islice(loader, batches if epoch else 4))
+        if epoch == 1:
+            break
+    ckpt.save_state()
+    again = checkpointer(tmp_path, every=10**9)
+    resumed = loaders(again)[0]
+    assert again.load_state()
+    left = rest(again, resumed)
+    assert [epoch for epoch, _ in left] == [*([] if batches else [1] * 4), *[2] * 4]
+    assert rest(ckpt, loader) == left
 
 
 # --- broken off by an error -----------------------------------------------------------
