@@ -134,6 +134,12 @@ class OptimizerPart:
                 f"{self.name} (checkpoint: {len(_groups(saved.value))} parameter groups, "
                 f"optimizer: {live_groups})"
             )
+        lacking = _lacking(self.optimizer, saved.value["groups"])
+        if lacking:
+            differences.differing.append(
+                f"{self.name} (checkpoint: of an optimizer without {', '.join(lacking)}, "
+                f"registered: {type(self.optimizer).__qualname__})"
+            )
         if not self._sharded():
             return
         for name, parameter, ref in self._states(saved.value, parameters):
@@ -158,8 +164,8 @@ class OptimizerPart:
         }
 
     def check(self, state: Any) -> None:
-        own = type(self.optimizer).__module__.startswith("torch.optim.")
-        shapes = {name: p.shape for name, p in self._named().items()} if own else {}
+        torchs = _is_torchs(self.optimizer)
+        shapes = {name: p.shape for name, p in self._named().items()} if torchs else {}
         known = isinstance(state, dict) and {"state", "groups"} <= set(state)
         extra = state.get("extra", {}) if known else None
         sound = known and isinstance(state["state"], dict)
@@ -254,6 +260,24 @@ def _groups(value: Json) -> list[list[str]]:
             why=f"{type(e).__name__}: {e}",
             remedy="use another checkpoint",
         ) from e
+
+
+def _lacking(optimizer: Optimizer, groups: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Hyperparameters that an optimizer of torch's would look for in saved groups in vain.
+
+    What groups of an older torch lack, its `__setstate__` fills in: asked of one without a state.
+    """
+    if not _is_torchs(optimizer):
+        return []
+    kind = type(optimizer)
+    blank = kind.__new__(kind)
+    blank.defaults = {}
+    blank.__setstate__({"state": {}, "param_groups": [{**group, "params": []} for group in groups]})
+    return [key for key in optimizer.defaults if any(key not in g for g in blank.param_groups)]
+
+
+def _is_torchs(optimizer: Optimizer) -> bool:
+    return type(optimizer).__module__.startswith("torch.optim.")
 
 
 def _regrouped(groups: list[dict[str, Any]], live: list[list[str]]) -> list[dict[str, Any]]:

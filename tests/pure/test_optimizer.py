@@ -15,7 +15,8 @@ from torch.optim import Optimizer
 
 from ray_accel_ckpt import Checkpointer, errors, open_checkpoint
 from ray_accel_ckpt.state.optimizer import OptimizerPart
-from tests.pure.helpers import checkpointer, digest
+from ray_accel_ckpt.state.part import Differences
+from tests.pure.helpers import as_saved, checkpointer, digest
 
 Make = Callable[[Any], Optimizer]
 
@@ -465,6 +466,28 @@ def test_another_number_of_groups(tmp_path: Path) -> None:
 
     error = mismatch(tmp_path, two_layers(), grouped)
     assert error.differing == ("optimizer (checkpoint: 1 parameter groups, optimizer: 2)",)
+
+
+def test_an_optimizer_of_another_class(tmp_path: Path) -> None:
+    """Its next step would fail: of its hyperparameters some are not there."""
+    error = mismatch(tmp_path, two_layers(), OPTIMIZERS["momentum"])
+    assert error.differing == (
+        "optimizer (checkpoint: of an optimizer without momentum, dampening, registered: SGD)",
+    )
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_what_an_older_torch_did_not_know_is_not_missed(kind: str) -> None:
+    model = two_layers()
+    optimizer = OPTIMIZERS[kind](model)
+    part = OptimizerPart("optimizer", optimizer, dict)
+    saved = as_saved(part.capture())
+    for group in saved.value["groups"]:
+        # Those came one after the other, from torch 1.9 on.
+        for key in ("maximize", "foreach", "capturable", "differentiable", "fused"):
+            group.pop(key, None)
+    part.compare(saved, differences := Differences())
+    assert not differences
 
 
 def test_one_optimizer_too_many(tmp_path: Path) -> None:
