@@ -102,6 +102,7 @@ def _changing_group(rank: int, world_size: int, directory: Path) -> None:
     with pytest.raises(errors.ConfigurationError, match="were 1 workers, and now there are 2"):
         early.save_state()
     assert not (directory / "project/checkpoints").exists()
+    dist.barrier()
     # Where the peers are those that it knows, it goes on.
     joined.save_state()
 
