@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from functools import cached_property
 from itertools import pairwise
 from typing import Annotated, Any, Final, Literal
 
@@ -64,7 +63,7 @@ class SliceInfo(_Strict):
     end: Count
     blocks: Annotated[list[Digest], FailFast()]
 
-    @cached_property
+    @property
     def box(self) -> Box:
         return Box(start=tuple(self.offsets), size=tuple(self.sizes))
 
@@ -152,7 +151,7 @@ def encode(manifest: Manifest) -> bytes:
     Raises:
         UnsupportedStateError: it would be too long to be read again.
     """
-    content = _members(manifest)
+    content = dict(vars(manifest))
     if manifest.version == 2:
         del content["frozen"]
     # Not by pydantic's own dump, which looks at each value of all parts.
@@ -172,8 +171,7 @@ def encode(manifest: Manifest) -> bytes:
 def _members(model: object) -> dict[str, Any]:
     if not isinstance(model, _Strict):
         raise TypeError(f"a manifest cannot hold a {type(model).__qualname__}")
-    # Not what a cached property has left beside them.
-    return {name: vars(model)[name] for name in type(model).model_fields}
+    return vars(model)
 
 
 def decode(data: bytes, where: str) -> Manifest:
